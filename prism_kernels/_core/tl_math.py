@@ -1,0 +1,44 @@
+"""Device functions shared by the kernels of several ops.
+
+Triton's interpreter stores bfloat16 by cutting bits off and returns garbage for bfloat16 arithmetic.
+The helpers below widen before arithmetic and round to nearest even by hand when interpreting, so
+that the same kernel source is right on the CPU and costs nothing more on a GPU.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRET: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """Round `x` to nearest even in DTYPE."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        x = x.to(tl.float32)
+        bits = x.to(tl.uint32, bitcast=True)
+        even = (bits >> 16) & 1
+        rounded = ((bits + 0x7FFF + even) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x).to(tl.bfloat16)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def operand(x, DTYPE: tl.constexpr):
+    """`x` as an operand of `dot` in DTYPE: rounded to it, and widened again when interpreting."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        return narrow(x, DTYPE).to(tl.float32)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr = tl.float32):
+    """Matrix product of `a` and `b` with operands rounded to DTYPE and sums in ACC.
+
+    PRECISION is the input_precision of float32 operands ("ieee" or "tf32x3"); 16-bit operands ignore it.
+    """
+    return tl.dot(operand(a, DTYPE), operand(b, DTYPE), input_precision=PRECISION, out_dtype=ACC)
