@@ -50,7 +50,9 @@ def check_dtype(op: str, name: str, tensor: Tensor, allowed: Sequence[torch.dtyp
         return
     names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
     got = str(tensor.dtype).removeprefix("torch.")
-    fail(op, f"`{name}` of dtype {names}", got, advice or f"Cast it, for example `{name}.float()`.", TypeError)
+    fail(
+        op, f"`{name}` of dtype {names}", got, advice or f"Cast it, for example `{name}.float()`.", TypeError
+    )
 
 
 def check_same(op: str, **tensors: Tensor | None) -> None:

@@ -16,7 +16,7 @@ INTERPRET: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") =
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """Round `x` to nearest even in DTYPE."""
-    if INTERPRET and DTYPE == tl.bfloat16:
+    if INTERPRET and tl.bfloat16 == DTYPE:
         x = x.to(tl.float32)
         bits = x.to(tl.uint32, bitcast=True)
         even = (bits >> 16) & 1
@@ -29,7 +29,7 @@ def narrow(x, DTYPE: tl.constexpr):
 @triton.jit
 def operand(x, DTYPE: tl.constexpr):
     """`x` as an operand of `dot` in DTYPE: rounded to it, and widened again when interpreting."""
-    if INTERPRET and DTYPE == tl.bfloat16:
+    if INTERPRET and tl.bfloat16 == DTYPE:
         return narrow(x, DTYPE).to(tl.float32)
     else:
         return x.to(DTYPE)

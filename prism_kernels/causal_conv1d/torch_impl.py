@@ -1,0 +1,166 @@
+"""Fast pure-PyTorch path: a sum of W shifted products over the whole sequence, and its adjoint.
+
+`history(d)` is x delayed by d tokens inside each sequence, with the initial state before its start.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._core.runtime import accumulate_dtype
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where each packed token stands: sequence i[T], position inside it i[T], tokens that count."""
+
+    sequence: Tensor
+    position: Tensor
+    lengths: Tensor
+    starts: Tensor
+    valid: int
+
+    @staticmethod
+    def of(cu_seqlens: Tensor) -> "Packing":
+        """Read the boundaries; one host read."""
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        token = torch.arange(sequence.shape[0], device=lengths.device)
+        return Packing(sequence, token - starts[sequence], lengths, starts, sequence.shape[0])
+
+
+class History:
+    """Delayed inputs and their adjoint, for dense rows or packed sequences."""
+
+    def __init__(self, x: Tensor, state: Tensor | None, W: int, cu_seqlens: Tensor | None):
+        wide = accumulate_dtype(x.dtype)
+        self.packing = None if cu_seqlens is None else Packing.of(cu_seqlens)
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        valid = x.shape[1] if self.packing is None else self.packing.valid
+        self.W, self.valid = W, valid
+        self.x = x[:, :valid].to(wide)
+        self.state = x.new_zeros(rows, W - 1, x.shape[2], dtype=wide)  # [rows, W-1, D]: time before channels
+        if state is not None:
+            self.state = state.transpose(1, 2).to(wide)
+
+    def delayed(self, d: int) -> Tensor:
+        """x_{t-d}, r[B,valid,D]."""
+        if d == 0:
+            return self.x
+        past = F.pad(self.x, (0, 0, d, 0))[:, : self.valid]
+        if self.packing is None:
+            n = min(d, self.valid)
+            past[:, :n] = self.state[:, self.W - 1 - d : self.W - 1 - d + n]
+        else:
+            rows, sequence, slot = self._before_start(d)
+            past[0, rows] = self.state[sequence, slot]
+        return past
+
+    def add_adjoint(self, dx: Tensor, dstate: Tensor, grad: Tensor, d: int) -> None:
+        """Add the gradient of `delayed(d)` to dx r[B,valid,D] and dstate r[rows,W-1,D]."""
+        if self.packing is None:
+            n = min(d, self.valid)
+            dx[:, : self.valid - n] += grad[:, n:]
+            dstate[:, self.W - 1 - d : self.W - 1 - d + n] += grad[:, :n]
+            return
+        rows, sequence, slot = self._before_start(d)
+        dstate[sequence, slot] += grad[0, rows]  # each (sequence, slot) occurs once
+        grad = grad.index_fill(1, rows, 0.0)
+        dx[:, : self.valid - d] += grad[:, d:]
+
+    def final_state(self) -> Tensor:
+        """The last W-1 inputs of each sequence, r[rows,W-1,D]."""
+        if self.packing is None:
+            return torch.cat([self.state, self.x], dim=1)[:, self.valid :]
+        token, slot, is_new = self._last()
+        if self.valid == 0:
+            return self.state.clone()
+        rows = torch.arange(slot.shape[0], device=slot.device)[:, None]
+        return torch.where(is_new[..., None], self.x[0][token], self.state[rows, slot])
+
+    def add_final_adjoint(self, dx: Tensor, dstate: Tensor, grad: Tensor) -> None:
+        """Add the gradient of `final_state()`, r[rows,W-1,D]."""
+        if self.packing is None:
+            both = torch.cat([torch.zeros_like(dstate), torch.zeros_like(dx)], dim=1)
+            both[:, self.valid :] += grad
+            dstate += both[:, : self.W - 1]
+            dx += both[:, self.W - 1 :]
+            return
+        token, slot, is_new = self._last()
+        dx[0, token[is_new]] += grad[is_new]
+        rows = torch.arange(slot.shape[0], device=slot.device)[:, None].expand_as(slot)
+        dstate[rows[~is_new], slot[~is_new]] += grad[~is_new]
+
+    def _before_start(self, d: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed tokens less than d after their start, and the state entry each of them sees."""
+        rows = (self.packing.position < d).nonzero().squeeze(1)
+        slot = self.W - 1 - d + self.packing.position[rows]
+        return rows, self.packing.sequence[rows], slot
+
+    def _last(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each final-state entry [S,W-1]: its token, or its slot in the initial state; which of both."""
+        lengths, starts = self.packing.lengths[:, None], self.packing.starts[:, None]
+        entry = torch.arange(self.W - 1, device=lengths.device)[None]
+        position = lengths - (self.W - 1) + entry
+        token = (starts + position).clamp(min=0, max=max(self.valid - 1, 0))
+        return token, (entry + lengths).clamp(max=self.W - 2), position >= 0
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Return y like x and the final state r[rows,D,W-1]; tokens after the last sequence give 0."""
+    history = History(x, state, weight.shape[1], cu_seqlens)
+    z = _preactivation(history, weight, bias)
+    y = (F.silu(z) if activation == "silu" else z).to(x.dtype)
+    return _pad(y, x.shape[1]), history.final_state().transpose(1, 2).to(x.dtype).contiguous()
+
+
+def backward(
+    dy: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight, bias and initial state, each in accumulation precision."""
+    history = History(x, state, weight.shape[1], cu_seqlens)
+    W, wide = history.W, history.x.dtype
+    dz = dy[:, : history.valid].to(wide)
+    if activation == "silu":
+        z = _preactivation(history, weight, bias)
+        sigmoid = torch.sigmoid(z)
+        dz = dz * sigmoid * (1 + z * (1 - sigmoid))
+    dx, dstate = (torch.zeros(t.shape, dtype=wide, device=x.device) for t in (history.x, history.state))
+    dweight = torch.empty(weight.shape, dtype=wide, device=x.device)
+    for j in range(W):
+        d = W - 1 - j
+        dweight[:, j] = (dz * history.delayed(d)).sum((0, 1))
+        history.add_adjoint(dx, dstate, dz * weight[:, j].to(wide), d)
+    history.add_final_adjoint(dx, dstate, dfinal.transpose(1, 2).to(wide))
+    return _pad(dx, x.shape[1]), dweight, dz.sum((0, 1)), dstate.transpose(1, 2).contiguous()
+
+
+def _pad(y: Tensor, T: int) -> Tensor:
+    """`y` contiguous, with zeros after the last packed token."""
+    return y.contiguous() if y.shape[1] == T else F.pad(y, (0, 0, 0, T - y.shape[1]))
+
+
+def _preactivation(history: History, weight: Tensor, bias: Tensor | None) -> Tensor:
+    taps = weight.to(history.x.dtype)
+    z = history.x * taps[:, -1]
+    if bias is not None:
+        z += bias.to(z.dtype)
+    for d in range(1, history.W):
+        z.addcmul_(history.delayed(d), taps[:, history.W - 1 - d])
+    return z

@@ -1,0 +1,5 @@
+"""SwiGLU activation: silu(gate) * up."""
+
+from .api import swiglu
+
+__all__ = ["swiglu"]

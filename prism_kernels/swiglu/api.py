@@ -1,0 +1,44 @@
+"""Public function of the activation."""
+
+from torch import Tensor
+
+from .._core import checks
+from .._core.impl import choose_impl
+from .op import NAME, swiglu_fwd
+from .reference import swiglu_reference
+
+
+def swiglu(gate: Tensor, up: Tensor, *, impl: str | None = None) -> Tensor:
+    """Gate one projection by the SiLU of another.
+
+        y = silu(gate) * up
+
+    Numerics: float32 inside (float64 for float64 inputs), one rounding at the end. Deterministic.
+    First-order gradients only on the "torch" path.
+
+    Args:
+        gate: r[...], float16, bfloat16, float32 or float64. Strided halves of one matrix product are fine.
+        up: like gate.
+        impl: "torch", "reference", or None for "torch".
+
+    Returns:
+        A tensor like gate.
+
+    Raises:
+        ValueError: Shapes or devices differ.
+        TypeError: A dtype does not fit, or the two differ.
+
+    Example:
+        >>> gate, up = torch.randn(2, 10, 16).chunk(2, dim=-1)
+        >>> swiglu(gate, up).shape
+        torch.Size([2, 10, 8])
+
+    Source: Shazeer 2020, equation 6 (without the projections).
+    """
+    checks.check_dtype(NAME, "gate", gate, checks.FLOATS)
+    checks.check_same(NAME, gate=gate, up=up)
+    checks.check_device(NAME, gate=gate, up=up)
+    checks.check_shape(NAME, "up", up, gate.shape, "[...]", "`gate` and `up` must have one shape.")
+    if choose_impl(NAME, impl, gate.device, paths=("torch", "reference")) == "reference":
+        return swiglu_reference(gate, up)
+    return swiglu_fwd(gate, up)
