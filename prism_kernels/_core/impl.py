@@ -52,6 +52,6 @@ def choose_impl(
             op,
             "CUDA tensors for impl='triton'",
             f"tensors on {device}",
-            "Use impl='torch', or set TRITON_INTERPRET=1 before the first call to run the kernels on the CPU.",
+            "Use impl='torch', or set TRITON_INTERPRET=1 before the first call to interpret the kernels.",
         )
     return impl

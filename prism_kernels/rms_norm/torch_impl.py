@@ -34,7 +34,7 @@ def backward(
     """Return the gradients of x + residual, weight and gate (empty where there is none)."""
     unit = _sum(x, residual) * rstd
     dy = dy.to(unit.dtype)
-    dgate = dweight = unit.new_empty(0)
+    dgate, dweight = unit.new_empty(0), unit.new_empty(0)
     if gate is not None:
         z = gate.to(unit.dtype)
         sigmoid = torch.sigmoid(z)

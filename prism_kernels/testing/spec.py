@@ -34,6 +34,10 @@ class Case:
         }
         return replace(self, tensors=cast)
 
+    def to(self, device: str) -> "Case":
+        """The same case on another device."""
+        return replace(self, tensors={n: t.to(device) for n, t in self.tensors.items()})
+
     def with_tensors(self, **tensors: Tensor) -> "Case":
         """A copy with some tensors replaced."""
         return replace(self, tensors={**self.tensors, **tensors})
@@ -74,6 +78,8 @@ class OpSpec:
         step: `(case of one token, state) -> (outputs, state)`: the step form, where there is one.
         reverse_time: `(case) -> bool`, whether the case runs backward in time.
         packed: Whether the op takes cu_seqlens.
+        bounded: Arguments with a range of their own (log decays, step sizes, ...), which the training
+            contract holds fixed.
     """
 
     name: str
@@ -91,3 +97,4 @@ class OpSpec:
     step: Callable[[Case, Tensor | None], tuple[Outputs, Tensor]] | None = None
     reverse_time: Callable[[Case], bool] = lambda case: False
     packed: bool = False
+    bounded: Sequence[str] = ("g", "beta", "dt", "A")

@@ -1,0 +1,20 @@
+"""Test tools that users may import too: seeded inputs, error budgets, guards, and the contracts.
+
+`registry()` lists every op once; the contracts, `prism_kernels.verify` and the tests run over it.
+"""
+
+import importlib
+
+from .budgets import Row, budget_rows
+from .spec import Case, ErrorCase, OpSpec
+
+CATALOGUES = ("causal_conv1d", "rms_norm", "swiglu")
+
+
+def registry() -> list[OpSpec]:
+    """The description of every op."""
+    modules = (importlib.import_module(f".catalogue.{name}", __package__) for name in CATALOGUES)
+    return [spec for module in modules for spec in module.SPECS]
+
+
+__all__ = ["CATALOGUES", "Case", "ErrorCase", "OpSpec", "Row", "budget_rows", "registry"]

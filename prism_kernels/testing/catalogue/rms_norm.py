@@ -1,0 +1,89 @@
+"""Cases of the RMS normalisation."""
+
+import math
+
+import torch
+
+from ... import rms_norm
+from ...rms_norm.op import rms_norm_bwd, rms_norm_fwd
+from ...rms_norm.reference import rms_norm_reference
+from ..inputs import Draw
+from ..spec import Case, ErrorCase, OpSpec, Outputs
+
+
+def run(case: Case, impl: str | None) -> Outputs:
+    y, residual = rms_norm(**case.tensors, **case.options, impl=impl)
+    return {"y": y} if residual is None else {"y": y, "residual": residual}
+
+
+def reference(case: Case, product_dtype: torch.dtype | None) -> Outputs:
+    y, residual = rms_norm_reference(**case.tensors, **case.options)
+    return {"y": y} if residual is None else {"y": y, "residual": residual}
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    draw = Draw(0, dtype)
+    x, weight = draw.normal(2, 5, 12), 1 + draw.wide_normal(12, scale=0.1)
+    residual, gate = draw.wide_normal(2, 5, 12), draw.normal(2, 5, 12)
+    return [
+        Case("weight", {"x": x, "weight": weight}),
+        Case("no weight", {"x": x}),
+        Case("residual and gate", {"x": x, "weight": weight, "residual": residual, "gate": gate}),
+        Case("one channel", {"x": draw.normal(3, 1), "weight": weight[:1]}),
+        Case("rows of zero", {"x": 0 * x, "weight": weight}, hostile=True),
+        Case("large rows", {"x": draw.normal(2, 12, scale=1e3), "weight": weight}, hostile=True),
+        Case(
+            "tiny rows", {"x": draw.normal(2, 12, scale=1e-4), "weight": weight}, {"eps": 1e-6}, hostile=True
+        ),
+    ]
+
+
+def hand() -> tuple[Case, Outputs]:
+    x, eps = [3.0, 4.0], 0.5
+    root = math.sqrt((9 + 16) / 2 + eps)
+    y = [3 / root * 2, 4 / root * 3]
+    tensors = {"x": torch.tensor([x], dtype=torch.float64), "weight": torch.tensor([2.0, 3.0]).double()}
+    return Case("two channels", tensors, {"eps": eps}), {"y": torch.tensor([y], dtype=torch.float64)}
+
+
+def errors() -> list[ErrorCase]:
+    x, w = torch.randn(2, 3), torch.ones(3)
+    return [
+        ErrorCase(
+            "weight of other width", lambda: rms_norm(x, w[:2]), ValueError, r"`weight` \[D\].*got \(2,\)"
+        ),
+        ErrorCase(
+            "residual of other shape", lambda: rms_norm(x, w, residual=x[:1]), ValueError, "`residual`"
+        ),
+        ErrorCase("gate of other shape", lambda: rms_norm(x, w, gate=x[:1]), ValueError, "`gate`"),
+        ErrorCase("integers", lambda: rms_norm(x.int(), w), TypeError, "`x` of dtype float16"),
+        ErrorCase(
+            "devices differ", lambda: rms_norm(x, w.to("meta")), ValueError, "`weight` on cpu.*got meta"
+        ),
+        ErrorCase("no channels", lambda: rms_norm(x[:, :0]), ValueError, "D >= 1"),
+        ErrorCase("negative eps", lambda: rms_norm(x, w, eps=-1.0), ValueError, "`eps` >= 0, got -1.0"),
+        ErrorCase("no such path", lambda: rms_norm(x, w, impl="triton"), ValueError, "`impl` to be one of"),
+    ]
+
+
+def opcheck(case: Case, impl: str) -> list[tuple]:
+    names = ("x", "weight", "residual", "gate")
+    args = [case.tensors.get(n) for n in names]
+    detached = [None if t is None else t.detach() for t in args]
+    y, total, rstd = rms_norm_fwd(*detached, 1e-6)
+    backward = (torch.ones_like(y), torch.ones_like(total), *detached, rstd)
+    return [(rms_norm_fwd, (*args, 1e-6)), (rms_norm_bwd, backward)]
+
+
+SPECS = [
+    OpSpec(
+        name="rms_norm",
+        run=run,
+        reference=reference,
+        cases=cases,
+        hand=hand,
+        errors=errors,
+        opcheck=opcheck,
+        paths=("torch",),
+    )
+]

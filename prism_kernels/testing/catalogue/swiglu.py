@@ -1,0 +1,77 @@
+"""Cases of the SwiGLU activation."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ... import swiglu
+from ...swiglu.op import swiglu_bwd, swiglu_fwd
+from ...swiglu.reference import swiglu_reference
+from ..inputs import Draw
+from ..spec import Case, ErrorCase, OpSpec, Outputs
+
+
+def run(case: Case, impl: str | None) -> Outputs:
+    return {"y": swiglu(case.tensors["gate"], case.tensors["up"], impl=impl)}
+
+
+def reference(case: Case, product_dtype: torch.dtype | None) -> Outputs:
+    return {"y": swiglu_reference(case.tensors["gate"], case.tensors["up"])}
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    draw = Draw(0, dtype)
+    wide = Draw(1, dtype)
+    return [
+        Case("rows", {"gate": draw.normal(2, 7, 12), "up": draw.normal(2, 7, 12)}),
+        Case("one element", {"gate": draw.normal(1), "up": draw.normal(1)}),
+        Case(
+            "gates at both ends", {"gate": wide.normal(2, 9, scale=40), "up": wide.normal(2, 9)}, hostile=True
+        ),
+        Case("gates of zero", {"gate": 0 * draw.normal(3, 4), "up": draw.normal(3, 4)}, hostile=True),
+    ]
+
+
+def hand() -> tuple[Case, Outputs]:
+    gate, up = [1.0, -2.0], [3.0, 0.5]
+    y = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)]
+    tensors = {"gate": _row(gate), "up": _row(up)}
+    return Case("two elements", tensors), {"y": _row(y)}
+
+
+def errors() -> list[ErrorCase]:
+    x = torch.randn(2, 3)
+    return [
+        ErrorCase("shapes differ", lambda: swiglu(x, x[:1]), ValueError, r"`up`.*\(2, 3\), got \(1, 3\)"),
+        ErrorCase(
+            "dtypes differ", lambda: swiglu(x, x.double()), TypeError, "`up` of dtype float32, got float64"
+        ),
+        ErrorCase("integers", lambda: swiglu(x.int(), x.int()), TypeError, "`gate` of dtype float16"),
+        ErrorCase("devices differ", lambda: swiglu(x, x.to("meta")), ValueError, "`up` on cpu.*got meta"),
+        ErrorCase("no such path", lambda: swiglu(x, x, impl="cuda"), ValueError, "`impl` to be one of"),
+    ]
+
+
+def opcheck(case: Case, impl: str) -> list[tuple]:
+    gate, up = case.tensors["gate"], case.tensors["up"]
+    detached = (torch.ones_like(gate).contiguous(), gate.detach(), up.detach())
+    return [(swiglu_fwd, (gate, up)), (swiglu_bwd, detached)]
+
+
+def _row(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+SPECS = [
+    OpSpec(
+        name="swiglu",
+        run=run,
+        reference=reference,
+        cases=cases,
+        hand=hand,
+        errors=errors,
+        opcheck=opcheck,
+        paths=("torch",),
+    )
+]
