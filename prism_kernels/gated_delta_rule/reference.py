@@ -1,0 +1,54 @@
+"""The definition: one token at a time, in at least float32, differentiable."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._core.runtime import accumulate_dtype, without_autocast
+
+
+def gated_delta_rule_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `o` r[B,T,HV,V] and the final state r[B or S,HV,K,V]; shapes as in `api.py`.
+
+    With `product_dtype`, operands of products are rounded to it: plain PyTorch in that precision.
+    """
+
+    def rounded(x: Tensor) -> Tensor:
+        return x if product_dtype is None else x.to(product_dtype).to(x.dtype)
+
+    with without_autocast(q.device):
+        o_dtype, wide, r = v.dtype, accumulate_dtype(q.dtype), v.shape[2] // k.shape[2]
+        q, k, v, g, beta = (x.to(wide) for x in (q, k, v, g, beta))
+        if use_qk_l2norm_in_kernel:
+            q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+        q, k = (rounded(x).repeat_interleave(r, dim=2) for x in (q, k))
+        if cu_seqlens is None:
+            rows = [(b, 0, q.shape[1]) for b in range(q.shape[0])]
+        else:
+            ends = cu_seqlens.tolist()
+            rows = [(0, start, end) for start, end in zip(ends, ends[1:], strict=False)]
+        outputs, states = [], []
+        for s, (b, start, end) in enumerate(rows):
+            M = v.new_zeros(v.shape[2], k.shape[3], v.shape[3]) if initial_state is None else initial_state[s]
+            M, out = M.to(wide), []
+            for t in range(start, end):
+                M = g[b, t].exp()[:, None, None] * M
+                u = beta[b, t, :, None] * (rounded(v[b, t]) - torch.einsum("hk,hkv->hv", k[b, t], rounded(M)))
+                M = M + torch.einsum("hk,hv->hkv", k[b, t], rounded(u))
+                out.append(scale * torch.einsum("hk,hkv->hv", q[b, t], rounded(M)))
+            outputs += out
+            states.append(M)
+        tail = q.shape[0] * q.shape[1] - len(outputs)
+        o = F.pad(torch.stack(outputs), (0, 0, 0, 0, 0, tail)) if outputs else torch.zeros_like(v)
+        return o.reshape(v.shape).to(o_dtype), torch.stack(states)
