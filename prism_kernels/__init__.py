@@ -1,6 +1,11 @@
 """Fused sequence-model ops: Triton kernels, pure-PyTorch paths, and the references both are held to."""
 
 from .causal_conv1d import CausalConv1dOutput, causal_conv1d
+from .gated_delta_rule import (
+    GatedDeltaRuleOutput,
+    chunk_gated_delta_rule,
+    fused_recurrent_gated_delta_rule,
+)
 from .rms_norm import RMSNormOutput, rms_norm
 from .swiglu import swiglu
 
@@ -8,8 +13,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CausalConv1dOutput",
+    "GatedDeltaRuleOutput",
     "RMSNormOutput",
     "causal_conv1d",
+    "chunk_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule",
     "rms_norm",
     "swiglu",
 ]
