@@ -1,0 +1,1 @@
+"""Training with Lightning (extra `train`). Import the submodules; importing this imports nothing else."""
