@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from .checks import check_choice, fail
-from .runtime import interpreting, triton_is_installed
+from .runtime import interpreting, recording, triton_is_installed
 
 PATHS = ("triton", "torch", "reference")
 
@@ -47,7 +47,7 @@ def choose_impl(
         )
     if not triton_is_installed():
         fail(op, "an installed Triton for impl='triton'", "none", "`pip install triton`, or impl='torch'.")
-    if device.type != "cuda" and not interpreting():
+    if device.type != "cuda" and not interpreting() and not recording():
         fail(
             op,
             "CUDA tensors for impl='triton'",

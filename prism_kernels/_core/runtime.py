@@ -64,6 +64,11 @@ def record_launches() -> Iterator[list[Launch]]:
         _recorder = outer
 
 
+def recording() -> bool:
+    """Whether launches are being collected instead of run."""
+    return _recorder is not None
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
 ) -> None:
