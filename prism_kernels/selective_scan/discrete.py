@@ -1,0 +1,128 @@
+"""Discretisation and its gradients, shared by the pure-PyTorch ways of running the recurrence.
+
+Tensors are complex or real, in the dtype of the state. The derivations are in README.md.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+VANISHING = 1e-20  # |A| under which the weight is dt itself
+SERIES_BELOW = 0.25  # |dt A| under which psi comes from its series
+SERIES_TERMS = {torch.float32: 6, torch.float64: 12}
+
+
+class ScanGradients(NamedTuple):
+    """Gradients of `(u, dt, A, B, C, initial_state)`."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    initial_state: Tensor
+
+
+@dataclass(frozen=True)
+class Params:
+    """A [H,N]; B and C static [H,N] or [H,P,N], or dependent [B,T,G,N]; zero-order hold or Euler."""
+
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    euler: bool
+
+    @property
+    def kappa(self) -> int:
+        """2 where conjugate states are implied."""
+        return 2 if self.A.is_complex() else 1
+
+    def token_slice(self, time: slice) -> "Params":
+        """The same with dependent B and C cut to some tokens."""
+        B, C = (x[:, time] if x.ndim == 4 else x for x in (self.B, self.C))
+        return Params(self.A, B, C, self.euler)
+
+
+def flat(x: Tensor) -> Tensor:
+    """[..., N] complex as [..., 2N] real (flat(x) . flat(y) = Re sum conj(x) y); real ones as they are."""
+    return torch.view_as_real(x).flatten(-2) if x.is_complex() else x
+
+
+def unflat(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `flat`."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2))) if like.is_complex() else x
+
+
+def conj(x: Tensor) -> Tensor:
+    """The conjugate in memory (a lazy one makes PyTorch's CPU products ten times slower)."""
+    return torch.conj_physical(x) if x.is_complex() else x
+
+
+def discretise(dt: Tensor, A: Tensor, euler: bool) -> tuple[Tensor, Tensor]:
+    """Return conj(exp(dt A)) and the weight w, where dt [..., 1] and A [..., N] broadcast.
+
+    w = (exp(dt A) - 1) / A with a numerator that is exact to rounding in norm: its real part is
+    expm1(x) cos(y) - 2 sin(y/2)^2. Where A vanishes, w = dt.
+    """
+    real = A.real if A.is_complex() else A
+    x = dt * real
+    gain = torch.exp(x)
+    if not A.is_complex():
+        a, rise = gain, torch.expm1(x)
+    else:
+        y = dt * A.imag
+        cos, sin = torch.cos(y), torch.sin(y).mul_(gain)
+        a = torch.complex(gain.mul_(cos), -sin)
+        if not euler:
+            half = torch.sin(y.mul_(0.5)).square_()
+            rise = torch.complex(torch.expm1(x).mul_(cos).sub_(half, alpha=2), sin)
+    if euler:
+        return a, dt.to(a.dtype)
+    w = rise.mul_(inverse(A))
+    return a, w.add_(dt * (A.abs() < VANISHING))
+
+
+def inverse(A: Tensor) -> Tensor:
+    """1 / A, and 0 where A vanishes."""
+    vanishing = A.abs() < VANISHING
+    return A.masked_fill(vanishing, 1).reciprocal().masked_fill(vanishing, 0)
+
+
+def rate_gradients(
+    dtheta: Tensor, dw: Tensor, a_conj: Tensor, w: Tensor, dt: Tensor, p: Params
+) -> tuple[Tensor, Tensor]:
+    """Gradients of dt [...,H,c] and A [H,N] from those of theta = dt A (through exp alone) and of w.
+
+    ddt = Re sum_n dtheta conj(A) + dw conj(a) and dA = sum_t dt dtheta + dw conj(chi) with
+    chi = dw/dA = (dt a - w) / A. Near dt A = 0, where that cancels, chi is a power series in dt, so
+    its sum over time is a product with powers of dt.
+    """
+    lead = tuple(range(dt.ndim - 2))
+    through_w = dw if p.euler else dw * a_conj
+    through_w = (through_w.real if dw.is_complex() else through_w).sum(-1)
+    ddt = (flat(dtheta) @ flat(p.A)[:, :, None]).squeeze(-1) + through_w
+    dA = unflat((dt[..., None, :] @ flat(dtheta)).squeeze(-2).sum(lead), dtheta)
+    if p.euler:
+        return ddt, dA
+    far = dt[..., None] * p.A.abs()[:, None] >= SERIES_BELOW
+    near = dw.masked_fill(far, 0)
+    away = (dw - near).mul_(dt[..., None] * a_conj - conj(w)).sum((*lead, -2))
+    return ddt, dA + away * conj(inverse(p.A)) + near_zero(near, dt, p.A)
+
+
+def near_zero(dw: Tensor, dt: Tensor, A: Tensor) -> Tensor:
+    """sum_t dw conj(chi), chi = dt^2 sum_k (k + 1) / (k + 2)! (dt A)^k, with the small sums in float64."""
+    terms = SERIES_TERMS[dt.dtype]
+    largest = dt.amax().clamp_min(torch.finfo(dt.dtype).tiny)
+    powers = [(dt / largest).square()]
+    for _ in range(terms - 1):
+        powers.append(powers[-1] * (dt / largest))
+    moments = unflat((torch.stack(powers, -2) @ flat(dw)).sum(tuple(range(dt.ndim - 2))), dw)
+    moments = moments.to(torch.complex128 if dw.is_complex() else torch.float64)
+    rate, series = conj(A.to(moments.dtype)) * largest, torch.zeros_like(moments[:, 0])
+    for k in reversed(range(terms)):
+        series = series * rate + moments[:, k] * ((k + 1) / math.factorial(k + 2))
+    return (series * largest.double() ** 2).to(dw.dtype)

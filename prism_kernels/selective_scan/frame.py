@@ -1,0 +1,145 @@
+"""What surrounds the recurrence on every fast path: packing, direction, step size, skip and gate.
+
+The recurrence itself then sees whole sequences, forward in time, with step sizes that are final.
+Packed sequences become rows [S, Tmax]; a token of padding has a step size of 0, which keeps the state.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._core import checks
+from .._core.runtime import accumulate_dtype
+from .discrete import Params
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the caller's rows [B, T, ...] become rows of whole sequences, and back."""
+
+    reverse: bool
+    T: int
+    total: int
+    valid: Tensor | None  # bool [S, Tmax], packed input only
+
+    @staticmethod
+    def of(T: int, cu_seqlens: Tensor | None, reverse: bool) -> "Layout":
+        if cu_seqlens is None:
+            return Layout(reverse, T, T, None)
+        lengths = cu_seqlens.diff()
+        longest = max(1, int(lengths.max()))
+        valid = torch.arange(longest, device=cu_seqlens.device) < lengths[:, None]
+        return Layout(reverse, T, int(cu_seqlens[-1]), valid)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Rows of whole sequences, forward in the scan's time, zero where there is no token."""
+        if self.valid is not None:
+            rows = x.new_zeros(*self.valid.shape, *x.shape[2:])
+            rows[self.valid] = x[0, : self.total]
+            x = rows
+        return x.flip(1) if self.reverse else x
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `arrange`, zero after the last packed token."""
+        x = x.flip(1) if self.reverse else x
+        if self.valid is None:
+            return x
+        packed = x.new_zeros(1, self.T, *x.shape[2:])
+        packed[0, : self.total] = x[self.valid]
+        return packed
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The recurrence alone: inputs arranged and widened, pairs turned into complex numbers."""
+
+    layout: Layout
+    u: Tensor
+    dt: Tensor
+    params: Params
+    h0: Tensor
+
+    @staticmethod
+    def of(
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        dt_bias: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dt_softplus: bool,
+        reverse: bool,
+        euler: bool,
+    ) -> "Scan":
+        wide = accumulate_dtype(u.dtype)
+        layout = Layout.of(u.shape[1], cu_seqlens, reverse)
+        dt = layout.arrange(step_size(dt[:, : layout.total], dt_bias, dt_softplus, wide))
+        u = layout.arrange(u).to(wide)
+        static_rank = 3 + (A.ndim == 3)
+        B, C = (layout.arrange(x) if x.ndim > static_rank else x for x in (B, C))
+        params = Params(*(as_numbers(x.to(wide), A) for x in (A, B, C)), euler)
+        if initial_state is None:
+            state_shape = (u.shape[0], *u.shape[2:], params.A.shape[-1])
+            h0 = u.new_zeros(state_shape, dtype=params.A.dtype)
+        else:
+            h0 = as_numbers(initial_state.to(wide), A)
+        return Scan(layout, u, dt, params, h0)
+
+
+def as_numbers(x: Tensor, A: Tensor) -> Tensor:
+    """Pairs as complex numbers where `A` [H,N,2] says that these are pairs; else `x`."""
+    return torch.view_as_complex(x.contiguous()) if A.ndim == 3 else x
+
+
+def as_pairs(x: Tensor) -> Tensor:
+    """Complex numbers as real pairs, real numbers as they are."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, wide: torch.dtype) -> Tensor:
+    """The step size after bias and softplus."""
+    dt = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide)
+    return F.softplus(dt) if dt_softplus else dt
+
+
+def skip(D: Tensor, H: int, wide: torch.dtype) -> Tensor:
+    """D r[H] or r[H,P] so that it broadcasts over [B,T,H,P]."""
+    return D.to(wide).reshape(H, -1)
+
+
+def silu_slope(z: Tensor) -> Tensor:
+    """Derivative of SiLU."""
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def check_values(
+    op: str,
+    u: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+) -> None:
+    """The checks that read data; `A` is real, complex, or pairs [H,N,2]."""
+    T = u.shape[1]
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens_values(op, cu_seqlens, T)
+    real = A.real if A.is_complex() else (A[..., 0] if A.ndim == 3 else A)
+    checks.check_not_positive(
+        op, "Re A", real, "Parametrise it, for example `A = -exp(log_rate) + 1j * freq`."
+    )
+    if dt_softplus:
+        return
+    used = dt if cu_seqlens is None else dt[:, : int(cu_seqlens[-1])]
+    if used.numel() == 0:
+        return
+    least = step_size(used.detach(), dt_bias, False, torch.float64).amin()
+    if least < 0:
+        advice = "Step sizes are not negative; pass dt_softplus=True if `dt` is the raw value."
+        checks.fail(op, "`dt` >= 0 everywhere", f"a smallest value of {least.item():.6g}", advice)

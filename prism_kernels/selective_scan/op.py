@@ -1,0 +1,163 @@
+"""The opaque custom ops: forward and backward of the whole selective scan, on either fast path.
+
+Complex tensors enter as real pairs with a last axis of 2; `A.ndim == 3` says that they do.
+"""
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._core import checks
+from .._core.runtime import accumulate_dtype, without_autocast
+from . import frame, torch_impl
+from .discrete import ScanGradients
+from .frame import Scan, as_numbers, as_pairs
+
+OP = "selective_scan"
+
+
+def path(impl: str) -> ModuleType:
+    """The module that runs the recurrence; Triton is imported on first use."""
+    if impl == "torch":
+        return torch_impl
+    from . import triton_impl
+
+    return triton_impl
+
+
+@torch.library.custom_op("prism_kernels::selective_scan_fwd", mutates_args=())
+def selective_scan_fwd(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    euler: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, the final state, the states at chunk bounds, and y before the gate (empty without a gate)."""
+    with without_autocast(u.device):
+        if checks.values_are_checked(u):
+            frame.check_values(OP, u, dt, dt_bias, A, cu_seqlens, dt_softplus)
+        wide = accumulate_dtype(u.dtype)
+        scan = Scan.of(u, dt, A, B, C, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler)
+        y, final_state, states = path(impl).forward(scan.u, scan.dt, scan.params, scan.h0)
+        if D is not None:
+            y = torch.addcmul(y, frame.skip(D, u.shape[2], wide), scan.u)
+        y = scan.layout.restore(y)
+        ungated = y.new_empty(0) if z is None else y.clone()
+        if z is not None:
+            y[:, : scan.layout.total] *= F.silu(z[:, : scan.layout.total].to(wide))
+        states = as_pairs(states) if cu_seqlens is None else y.new_empty(0)
+        return y.to(u.dtype).contiguous(), as_pairs(final_state), states, ungated.contiguous()
+
+
+@selective_scan_fwd.register_fake
+def _(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler, impl):
+    wide = accumulate_dtype(u.dtype)
+    (batch, T, H, P), N, pair = u.shape, A.shape[1], tuple(A.shape[2:])
+    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rank = A.ndim + 1  # of B and C with a value per channel
+    kept = (0,)
+    if cu_seqlens is None:
+        kept = path(impl).states_shape(batch, T, H, P, N, B.ndim == rank, C.ndim == rank) + pair
+    return (
+        torch.empty_like(u, memory_format=torch.contiguous_format),
+        u.new_empty((rows, H, P, N, *pair), dtype=wide),
+        u.new_empty(kept, dtype=wide),
+        u.new_empty((0,) if z is None else u.shape, dtype=wide),
+    )
+
+
+@torch.library.custom_op("prism_kernels::selective_scan_bwd", mutates_args=())
+def selective_scan_bwd(
+    dy: Tensor,
+    dfinal: Tensor,
+    states: Tensor,
+    ungated: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    euler: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; empty where there is no input."""
+    with without_autocast(u.device):
+        wide = accumulate_dtype(u.dtype)
+        scan = Scan.of(u, dt, A, B, C, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler)
+        layout, total = scan.layout, scan.layout.total
+        g, dz = dy.to(wide), None
+        if z is not None:
+            gate, dz = z[:, :total].to(wide), torch.zeros_like(z)
+            dz[:, :total] = g[:, :total] * ungated[:, :total] * frame.silu_slope(gate)
+            g = g[:, :total] * F.silu(gate)
+        g = layout.arrange(g)
+        if cu_seqlens is None:
+            states = as_numbers(states, A)
+        else:
+            states = path(impl).forward(scan.u, scan.dt, scan.params, scan.h0)[2]
+        eta = as_numbers(dfinal.to(wide), A)
+        d: ScanGradients = path(impl).backward(g, scan.u, scan.dt, scan.params, states, eta)
+        du, dD = d.u, None
+        if D is not None:
+            du = torch.addcmul(du, g, frame.skip(D, u.shape[2], wide))
+            dD = (g * scan.u).sum((0, 1))
+            dD = dD if D.ndim == 2 else dD.sum(-1)
+        ddt = d.dt * -torch.expm1(-scan.dt) if dt_softplus else d.dt
+        ddt = layout.restore(ddt)
+        dB, dC = (layout.restore(x) if x.ndim == 4 else x for x in (d.B, d.C))
+        dbias, dh0 = ddt.sum((0, 1)), d.initial_state
+        grads = (layout.restore(du), ddt, d.A, dB, dC, dD, dz, dbias, dh0)
+        inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+        return tuple(
+            u.new_empty(0) if x is None else as_pairs(d).to(x.dtype).clone(memory_format=torch.contiguous_format)
+            for d, x in zip(grads, inputs, strict=True)
+        )
+
+
+@selective_scan_bwd.register_fake
+def _(dy, dfinal, states, ungated, u, dt, A, B, C, D, z, dt_bias, initial_state, *options):
+    return tuple(
+        u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    )
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:], *inputs[:10])
+    ctx.options = inputs[10:]
+
+
+def _backward(ctx, dy, dfinal, dstates, dungated):
+    grads = selective_scan_bwd(dy.contiguous(), dfinal.contiguous(), *ctx.saved_tensors, *ctx.options)
+    given = (x is not None for x in ctx.saved_tensors[2:11])
+    return *(d if here else None for d, here in zip(grads, given, strict=True)), *(None,) * 5
+
+
+def _no_second_order(ctx, *grads):
+    raise NotImplementedError(
+        f"{OP}: first-order gradients only on the paths 'torch' and 'triton'. "
+        "Use impl='reference' to differentiate twice."
+    )
+
+
+selective_scan_fwd.register_autograd(_backward, setup_context=_save)
+selective_scan_bwd.register_autograd(_no_second_order)
