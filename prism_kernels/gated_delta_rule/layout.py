@@ -72,27 +72,38 @@ class Layout:
         return out[None, :T].clone()
 
     def take(self, rows: Tensor, c0: int, c1: int, heads: int, dtype: torch.dtype) -> Tensor:
-        """Steps c0:c1 as fresh [units * width * heads, C, D]; key heads repeat for their value heads."""
+        """Steps c0:c1 as fresh [units * width * heads, C, D] in `dtype`."""
+        n = self.matrices(c0, c1, heads)
+        out = torch.empty(n.stop - n.start, self.C, rows.shape[-1], dtype=dtype, device=rows.device)
+        return self.take_into(out, rows, c0, c1, heads)
+
+    def take_into(self, out: Tensor, rows: Tensor, c0: int, c1: int, heads: int) -> Tensor:
+        """Copy steps c0:c1 into `out` [units * width * heads, C, D]; key heads repeat for value heads."""
         x = rows[self.offsets[c0] : self.offsets[c1]]
-        units, width, C, H, D = x.shape
-        x = x.unsqueeze(4).expand(-1, -1, -1, -1, heads // H, -1).permute(0, 1, 3, 4, 2, 5)
-        out = torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
-        return out.view(units * width * heads, C, D)
+        units, width, _, H, _ = x.shape
+        x = x.permute(0, 1, 3, 2, 4).unsqueeze(3)
+        out.unflatten(0, (units, width, H, heads // H)).copy_(x)
+        return out
+
+    def matrices(self, c0: int, c1: int, heads: int) -> slice:
+        """Where the matrices, one per row and head, of steps c0:c1 lie."""
+        per_unit = self.width * heads
+        return slice(self.offsets[c0] * per_unit, self.offsets[c1] * per_unit)
 
     def store(self, rows: Tensor, c0: int, c1: int, x: Tensor, heads: int) -> None:
         """Undo `take` into `rows`, summing value heads that share a key head."""
         out = rows[self.offsets[c0] : self.offsets[c1]]
-        units, width, C, H, D = out.shape
-        x = x.view(units, width, H, heads // H, C, D)
+        units, width, _, H, _ = out.shape
+        x = x.unflatten(0, (units, width, H, heads // H))
         x = x.sum(3) if heads != H else x.squeeze(3)
         out.copy_(x.transpose(2, 3))
 
     def steps(self, c0: int, c1: int, heads: int) -> Iterator[slice]:
         """The matrices of each step of a segment, counted from its start."""
-        first = self.offsets[c0]
+        first = self.matrices(c0, c1, heads).start
         for c in range(c0, c1):
-            a, b = self.offsets[c] - first, self.offsets[c + 1] - first
-            yield slice(a * self.width * heads, b * self.width * heads)
+            m = self.matrices(c, c + 1, heads)
+            yield slice(m.start - first, m.stop - first)
 
     def first_states(self, state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A fresh running state [sequences * heads, K, V] from [sequences, heads, K, V] or zeros."""

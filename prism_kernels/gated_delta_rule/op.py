@@ -35,6 +35,7 @@ def state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, .
 def chunk_residuals(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, C: int, impl: str) -> list[Shape]:
     """Shapes and dtypes of what the chunked forward keeps for its backward."""
     (B, T, HV, V), K, wide = v.shape, q.shape[3], accumulate_dtype(q.dtype)
+    C = torch_impl.inner_chunk(C, K, V)
     steps = (T + C - 1) // C
     M = B * HV * steps if cu_seqlens is None else HV * (T // C + cu_seqlens.shape[0] - 1)
     none = ((0,), wide)

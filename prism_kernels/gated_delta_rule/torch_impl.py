@@ -13,7 +13,7 @@ from torch import Tensor
 from .._core.runtime import accumulate_dtype
 from .layout import Layout
 
-SEGMENT_ELEMENTS = 1 << 19  # of one [C, K] operand per segment: 2 MiB in float32
+SEGMENT_ELEMENTS = 1 << 18  # of one operand of a segment: 1 MiB in float32
 CHECKPOINT = 32  # tokens between saved states, token by token
 NORM_EPS = 1e-6
 
@@ -21,16 +21,14 @@ NORM_EPS = 1e-6
 class Operands(NamedTuple):
     """What forward and backward share: one segment, as n matrices of one chunk and head each."""
 
-    q: Tensor  # r[n,C,K], normalised on request
-    k: Tensor
+    qk: Tensor  # r[n,2C,K], queries over keys, normalised on request
     v: Tensor
     beta: Tensor  # r[n,C,1]
     gamma: Tensor  # r[n,C,1], decay from the start of the chunk
     tail: Tensor  # r[n,C,1], decay to its end
     last: Tensor  # r[n,1,1], decay of the whole chunk
     D: Tensor  # r[n,C,C], decay from token j to token i >= j
-    q_norm: Tensor | None  # r[n,C,1], 1 / length
-    k_norm: Tensor | None
+    norm: Tensor | None  # r[n,2C,1], 1 / length of the rows of qk
 
 
 class Saved(NamedTuple):
@@ -64,31 +62,34 @@ def forward(
     """Return o, the final state and, if `save`, what backward needs."""
     B, T, HV, V = v.shape
     K, wide = k.shape[3], accumulate_dtype(q.dtype)
-    layout = Layout.of(B, T, chunk_size, cu_seqlens)
-    saved = empty_saved(layout, HV, K, V, g) if save else Saved(*(g.new_empty(0) for _ in range(3)))
+    C = inner_chunk(chunk_size, K, V)
+    layout = Layout.of(B, T, C, cu_seqlens)
+    saved = empty_saved(layout, HV, K, V, g) if save else None
     rows = [layout.rows(x) for x in (q, k, v, g[..., None], beta[..., None])]
     state = layout.first_states(initial_state, (HV, K, V), g)
     o, o_rows = layout.new_rows(v)
-    for c0, c1 in segments(layout, HV * chunk_size * max(K, V)):
+    for c0, c1 in segments(layout, HV * C * max(K, V)):
         x = load(layout, c0, c1, rows, HV, wide, l2norm)
-        n = slice(layout.offsets[c0] * HV * layout.width, layout.offsets[c1] * HV * layout.width)
-        L = torch.bmm(x.k, x.k.mT).mul_(x.D).mul_(x.beta)
-        A = unit_lower_inverse(L)
-        W = torch.bmm(A, x.k * (x.beta * x.gamma))
-        U = torch.bmm(A, x.v.mul_(x.beta))
-        S = saved.states[n] if save else g.new_empty(A.shape[0], K, V)
-        tailed = x.k * x.tail
+        n = layout.matrices(c0, c1, HV)
+        P, kk = torch.bmm(x.qk, x.qk[:, C:].mT).split(C, 1)
+        P.mul_(x.D)
+        A = unit_lower_inverse(kk.mul_(x.D) * x.beta)
+        R, erase, tailed = x.v.mul_(x.beta), x.beta * x.gamma, x.qk[:, C:] * x.tail
+        U = torch.empty_like(R) if saved is None else saved.U[n]
+        reads = R.new_empty(R.shape[0], 2 * C, V)
         for m in layout.steps(c0, c1, HV):
             running = state[: m.stop - m.start]
-            S[m] = running
-            U[m].baddbmm_(W[m], running, alpha=-1)
+            if saved is not None:
+                saved.states[n][m] = running
+            read = torch.bmm(x.qk[m], running, out=reads[m])
+            torch.bmm(A[m], R[m].addcmul_(erase[m], read[:, C:], value=-1), out=U[m])
             running.mul_(x.last[m]).baddbmm_(tailed[m].mT, U[m])
-        P = torch.bmm(x.q, x.k.mT).mul_(x.D)
-        out = torch.bmm(x.q.mul_(x.gamma), S).baddbmm_(P, U, beta=scale, alpha=scale)
+        out = (reads[:, :C] * x.gamma).baddbmm_(P, U, beta=scale, alpha=scale)
         layout.store(o_rows, c0, c1, out, HV)
-        if save:
-            saved.A[n], saved.U[n] = A, U
-    return layout.tokens(o, o_rows, T), layout.final_states(state, HV), saved
+        if saved is not None:
+            saved.A[n] = A
+    empty = (g.new_empty(0) for _ in range(3))
+    return layout.tokens(o, o_rows, T), layout.final_states(state, HV), saved or Saved(*empty)
 
 
 def backward(
@@ -108,67 +109,67 @@ def backward(
     """Return the gradients of q, k, v, g, beta and the initial state."""
     B, T, HV, V = v.shape
     K, wide = k.shape[3], accumulate_dtype(q.dtype)
-    layout = Layout.of(B, T, chunk_size, cu_seqlens)
+    C = inner_chunk(chunk_size, K, V)
+    layout = Layout.of(B, T, C, cu_seqlens)
     inputs = (q, k, v, g[..., None], beta[..., None])
-    rows = [layout.rows(x) for x in inputs]
-    do_rows = layout.rows(do)
+    rows, do_rows = [layout.rows(x) for x in inputs], layout.rows(do)
     grads = [layout.new_rows(x) for x in inputs]
     dstate = layout.first_states(dfinal, (HV, K, V), g)
-    for c0, c1 in reversed(list(segments(layout, HV * chunk_size * max(K, V)))):
+    for c0, c1 in reversed(list(segments(layout, HV * C * max(K, V)))):
         x = load(layout, c0, c1, rows, HV, wide, l2norm)
-        n = slice(layout.offsets[c0] * HV * layout.width, layout.offsets[c1] * HV * layout.width)
+        n = layout.matrices(c0, c1, HV)
         A, U, S = saved.A[n], saved.U[n], saved.states[n]
-        dO = layout.take(do_rows, c0, c1, HV, wide).mul_(scale)
-        qk, kk = torch.bmm(x.q, x.k.mT), torch.bmm(x.k, x.k.mT)
-        dU, dS = torch.bmm((qk * x.D).mT, dO), torch.empty_like(S)
-        read = torch.bmm((x.q * x.gamma).mT, dO)
-        W, tailed = torch.bmm(A, x.k * (x.beta * x.gamma)), x.k * x.tail
+        dOR = U.new_empty(U.shape[0], 2 * C, V)  # gradients of O over those of R
+        layout.take_into(dOR[:, :C], do_rows, c0, c1, HV).mul_(scale)
+        products = torch.bmm(x.qk, x.qk[:, C:].mT)
+        dU, dS = torch.bmm((products[:, :C] * x.D).mT, dOR[:, :C]), torch.empty_like(S)
+        decay = torch.cat((x.gamma, -x.beta * x.gamma), 1)
+        reader, tailed = x.qk * decay, x.qk[:, C:] * x.tail
         for m in reversed(list(layout.steps(c0, c1, HV))):
             running = dstate[: m.stop - m.start]
             dS[m] = running
-            dU[m].baddbmm_(tailed[m], running)
-            running.mul_(x.last[m]).add_(read[m]).baddbmm_(W[m].mT, dU[m], alpha=-1)
-        for (_, out), grad in zip(grads, gradients(x, qk, kk, A, U, S, dO, dU, dS), strict=True):
+            dOR[m, C:] = torch.bmm(A[m].mT, dU[m].baddbmm_(tailed[m], running))
+            running.mul_(x.last[m]).baddbmm_(reader[m].mT, dOR[m])
+        dqk, *others = gradients(x, products, decay, U, S, dOR, dS)
+        for (_, out), grad in zip(grads, (dqk[:, :C], dqk[:, C:], *others), strict=True):
             layout.store(out, c0, c1, grad, HV)
     dq, dk, dv, dg, dbeta = (layout.tokens(base, out, T) for base, out in grads)
     return dq, dk, dv, dg[..., 0], dbeta[..., 0], layout.final_states(dstate, HV)
 
 
 def gradients(
-    x: Operands,
-    qk: Tensor,
-    kk: Tensor,
-    A: Tensor,
-    U: Tensor,
-    S: Tensor,
-    dO: Tensor,
-    dU: Tensor,
-    dS: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, beta of one segment from both recurrences; uses up qk, kk and x.D."""
-    dR = torch.bmm(A.mT, dU)
-    E = torch.bmm(dO, U.mT).mul_(x.D)  # gradient of Q K^T
-    M = torch.bmm(dR, U.mT).mul_(x.D.tril_(-1)).neg_()
-    kk.mul_(M)
-    dbeta = kk.sum(-1, keepdim=True)
-    within = qk.mul_(E).tril_(-1).addcmul_(kk, x.beta)
+    x: Operands, products: Tensor, decay: Tensor, U: Tensor, S: Tensor, dOR: Tensor, dS: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qk, v, g, beta of one segment from both recurrences; uses up `products` and x.D."""
+    C = U.shape[1]
+    k, dR = x.qk[:, C:], dOR[:, C:]
+    EM = torch.bmm(dOR, U.mT)
+    E, M = EM.split(C, 1)
+    E.mul_(x.D)  # gradient of Q K^T
+    M.mul_(x.D.tril_(-1).neg_())  # that of K K^T, over beta
+    within, kk = products.mul_(EM).split(C, 1)
+    dbeta = kk.sum(-1, keepdim=True).add_(dot(dR, x.v))
+    within.tril_(-1).addcmul_(kk, x.beta)
     M.mul_(x.beta)
 
-    from_q = torch.bmm(dO, S.mT).mul_(x.gamma)
-    from_r = torch.bmm(dR, S.mT).mul_(x.gamma)
-    from_s = torch.bmm(U, dS.mT).mul_(x.tail)
-    kr, ks = dot(x.k, from_r), dot(x.k, from_s)
-    dbeta += dot(dR, x.v) - kr
+    dqk = torch.bmm(dOR, S.mT)
+    to_state = torch.bmm(U, dS.mT).mul_(x.tail)
+    by_row, kept = dot(x.qk, dqk), dot(k, to_state)
+    dbeta.addcmul_(x.gamma, by_row[:, C:], value=-1)
+    by_row.mul_(decay)
     dG = within.sum(-1, keepdim=True) - within.sum(-2).unsqueeze(-1)
-    dG += dot(x.q, from_q) - x.beta * kr - ks
-    dG[:, -1:] += x.last * (S * dS).sum((-1, -2), keepdim=True) + ks.sum(1, keepdim=True)
+    dG += by_row[:, :C] + by_row[:, C:] - kept
+    dG[:, -1:] += x.last * (S * dS).sum((-1, -2), keepdim=True) + kept.sum(1, keepdim=True)
     dg = dG.flip(1).cumsum(1).flip(1)
 
-    dk = from_s.addcmul_(from_r, x.beta, value=-1).baddbmm_(E.mT, x.q)
-    dk.baddbmm_(M.add_(M.mT.clone()), x.k)
-    dq = from_q.baddbmm_(E, x.k)
-    dv = dR.mul_(x.beta)
-    return unnormalise(dq, x.q, x.q_norm), unnormalise(dk, x.k, x.k_norm), dv, dg, dbeta
+    dqk.mul_(decay).baddbmm_(EM, k)
+    dqk[:, C:] += to_state.baddbmm_(EM.mT, x.qk)
+    return unnormalise(dqk, x.qk, x.norm), dR * x.beta, dg, dbeta
+
+
+def inner_chunk(chunk_size: int, K: int, V: int) -> int:
+    """Chunk used here: shorter ones cost fewer operations, and more stored states."""
+    return min(chunk_size, 32 if max(K, V) <= 64 else 64)
 
 
 def segments(layout: Layout, elements: int) -> Iterator[tuple[int, int]]:
@@ -185,13 +186,17 @@ def load(
     layout: Layout, c0: int, c1: int, rows: list[Tensor], heads: int, wide: torch.dtype, l2norm: bool
 ) -> Operands:
     """Copy one segment into [n, C, width], widened, and derive the decays."""
-    q, k, v, g, beta = (layout.take(x, c0, c1, heads, wide) for x in rows)
-    q_norm, k_norm = (normalise(q), normalise(k)) if l2norm else (None, None)
+    v, g, beta = (layout.take(x, c0, c1, heads, wide) for x in rows[2:])
+    n, C, _ = v.shape
+    qk = v.new_empty(n, 2 * C, rows[0].shape[-1])
+    layout.take_into(qk[:, :C], rows[0], c0, c1, heads)
+    layout.take_into(qk[:, C:], rows[1], c0, c1, heads)
+    norm = normalise(qk) if l2norm else None
     G = g.cumsum(1)
     last = G[:, -1:]
     # At or above the diagonal the difference is >= 0: clamped before exp, then cleared.
     D = (G - G.mT).clamp_(max=0).exp_().tril_()
-    return Operands(q, k, v, beta, G.exp(), (last - G).exp_(), last.exp(), D, q_norm, k_norm)
+    return Operands(qk, v, beta, G.exp(), (last - G).exp_(), last.exp(), D, norm)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -214,11 +219,11 @@ def unnormalise(grad: Tensor, y: Tensor, norm: Tensor | None) -> Tensor:
 def unit_lower_inverse(L: Tensor) -> Tensor:
     """(I + strict lower part of L)^-1 for r[n,C,C], C a power of two: halves first, then the corner.
 
-    [[X, 0], [-Y L21 X, Y]] with X, Y the inverses of the halves; log2(C) levels, each a batched product.
+    [[X, 0], [-Y L21 X, Y]] with X, Y the inverses of the halves.
     """
     n, C, _ = L.shape
     if C <= 16:
-        return _inverse_by_doubling(L)
+        return _inverse_by_substitution(L)
     h = C // 2
     halves = torch.stack((L[:, :h, :h], L[:, h:, h:]), 1)
     X, Y = unit_lower_inverse(halves.view(2 * n, h, h)).view(n, 2, h, h).unbind(1)
@@ -229,17 +234,15 @@ def unit_lower_inverse(L: Tensor) -> Tensor:
     return A
 
 
-def _inverse_by_doubling(L: Tensor) -> Tensor:
-    """The same on small matrices, all blocks of a level at once under a mask."""
-    C = L.shape[-1]
-    i = torch.arange(C, device=L.device)
-    X = torch.eye(C, dtype=L.dtype, device=L.device).expand_as(L).contiguous()
-    for level in range(C.bit_length() - 1):
-        half = i >> level
-        corner = (half[:, None] % 2 == 1) & (half[:, None] - 1 == half[None, :])
-        step = L * corner
-        X -= step if level == 0 else torch.bmm(torch.bmm(X, step), X)
-    return X
+def _inverse_by_substitution(L: Tensor) -> Tensor:
+    """The same on small matrices, row after row, with the batch as the innermost axis."""
+    n, C, _ = L.shape
+    L = -L.permute(1, 2, 0).contiguous()
+    X = L.new_zeros(C, C, n)
+    X.diagonal().fill_(1)
+    for i in range(1, C):
+        torch.sum(L[i, :i, None] * X[:i, :i], 0, out=X[i, :i])
+    return X.permute(2, 0, 1).contiguous()
 
 
 class Tokens(NamedTuple):
