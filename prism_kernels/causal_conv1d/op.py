@@ -39,7 +39,8 @@ def _launch_fwd(
     B, T, D = x.shape
     flags = _flags(x, weight, bias, state, activation)
     y = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
-    weight, bias, state = (None if t is None else t.contiguous() for t in (weight, bias, state))
+    weight = weight.contiguous()
+    bias, state = (None if t is None else t.contiguous() for t in (bias, state))
     grid = (-(-T // flags["BLOCK_T"]), -(-D // flags["BLOCK_D"]), B)
     launch(causal_conv1d_fwd_kernel, grid, y, x, weight, bias, state, T, D, *x.stride(), **flags)
     final = torch_impl.History(x[:, -weight.shape[1] :], state, weight.shape[1], None).final_state()
@@ -59,7 +60,8 @@ def _launch_bwd(
 
     (B, T, D), W, wide = x.shape, weight.shape[1], accumulate_dtype(x.dtype)
     flags = _flags(x, weight, bias, state, activation)
-    weight, bias, state = (None if t is None else t.contiguous() for t in (weight, bias, state))
+    weight = weight.contiguous()
+    bias, state = (None if t is None else t.contiguous() for t in (bias, state))
     grid = (-(-(T + W - 1) // flags["BLOCK_T"]), -(-D // flags["BLOCK_D"]), B)
     dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     parts = torch.empty(grid[0] * B, D, W, dtype=wide, device=x.device)
@@ -114,8 +116,10 @@ def causal_conv1d_bwd(
         else:
             args = (x, weight, bias, initial_state, cu_seqlens, activation)
             grads = torch_impl.backward(dy, dfinal, *args)
-        like = (x, weight, weight if bias is None else bias, x if initial_state is None else initial_state)
-        return tuple(g.to(t.dtype) for g, t in zip(grads, like, strict=True))
+        dx, dweight, dbias, dstate = grads
+        dbias = dbias.to((weight if bias is None else bias).dtype)
+        dstate = dstate.to((x if initial_state is None else initial_state).dtype)
+        return dx.to(x.dtype), dweight.to(weight.dtype), dbias, dstate
 
 
 @causal_conv1d_bwd.register_fake

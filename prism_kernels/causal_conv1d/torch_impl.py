@@ -54,7 +54,7 @@ class History:
             n = min(d, self.valid)
             past[:, :n] = self.state[:, self.W - 1 - d : self.W - 1 - d + n]
         else:
-            rows, sequence, slot = self._before_start(d)
+            rows, sequence, slot = self._before_start(self.packing, d)
             past[0, rows] = self.state[sequence, slot]
         return past
 
@@ -65,7 +65,7 @@ class History:
             dx[:, : self.valid - n] += grad[:, n:]
             dstate[:, self.W - 1 - d : self.W - 1 - d + n] += grad[:, :n]
             return
-        rows, sequence, slot = self._before_start(d)
+        rows, sequence, slot = self._before_start(self.packing, d)
         dstate[sequence, slot] += grad[0, rows]  # each (sequence, slot) occurs once
         grad = grad.index_fill(1, rows, 0.0)
         dx[:, : self.valid - d] += grad[:, d:]
@@ -74,7 +74,7 @@ class History:
         """The last W-1 inputs of each sequence, r[rows,W-1,D]."""
         if self.packing is None:
             return torch.cat([self.state, self.x], dim=1)[:, self.valid :]
-        token, slot, is_new = self._last()
+        token, slot, is_new = self._last(self.packing)
         if self.valid == 0:
             return self.state.clone()
         rows = torch.arange(slot.shape[0], device=slot.device)[:, None]
@@ -88,20 +88,20 @@ class History:
             dstate += both[:, : self.W - 1]
             dx += both[:, self.W - 1 :]
             return
-        token, slot, is_new = self._last()
+        token, slot, is_new = self._last(self.packing)
         dx[0, token[is_new]] += grad[is_new]
         rows = torch.arange(slot.shape[0], device=slot.device)[:, None].expand_as(slot)
         dstate[rows[~is_new], slot[~is_new]] += grad[~is_new]
 
-    def _before_start(self, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _before_start(self, packing: Packing, d: int) -> tuple[Tensor, Tensor, Tensor]:
         """Packed tokens less than d after their start, and the state entry each of them sees."""
-        rows = (self.packing.position < d).nonzero().squeeze(1)
-        slot = self.W - 1 - d + self.packing.position[rows]
-        return rows, self.packing.sequence[rows], slot
+        rows = (packing.position < d).nonzero().squeeze(1)
+        slot = self.W - 1 - d + packing.position[rows]
+        return rows, packing.sequence[rows], slot
 
-    def _last(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _last(self, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
         """For each final-state entry [S,W-1]: its token, or its slot in the initial state; which of both."""
-        lengths, starts = self.packing.lengths[:, None], self.packing.starts[:, None]
+        lengths, starts = packing.lengths[:, None], packing.starts[:, None]
         entry = torch.arange(self.W - 1, device=lengths.device)[None]
         position = lengths - (self.W - 1) + entry
         token = (starts + position).clamp(min=0, max=max(self.valid - 1, 0))
