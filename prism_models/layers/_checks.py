@@ -8,14 +8,20 @@ from prism_kernels._core.checks import check_shape, check_time, fail
 def check_input(layer: str, x: Tensor, dim: int) -> None:
     """Raise unless x is [B, T, D] with D = dim and T >= 1."""
     if x.ndim != 3 or x.shape[-1] != dim:
-        fail(layer, f"`x` [B, T, D] with D = {dim}", f"shape {tuple(x.shape)}", "Project it to the layer's width.")
+        advice = "Project it to the layer's width."
+        fail(layer, f"`x` [B, T, D] with D = {dim}", f"shape {tuple(x.shape)}", advice)
     check_time(layer, "x", x.shape[1])
 
 
 def check_token(layer: str, x_t: Tensor, dim: int) -> None:
     """Raise unless x_t is [B, D] with D = dim: one token per row."""
     if x_t.ndim != 2 or x_t.shape[-1] != dim:
-        fail(layer, f"`x_t` [B, D] with D = {dim}", f"shape {tuple(x_t.shape)}", "Give `step` one token per row.")
+        fail(
+            layer,
+            f"`x_t` [B, D] with D = {dim}",
+            f"shape {tuple(x_t.shape)}",
+            "Give `step` one token per row.",
+        )
 
 
 def check_lengths(layer: str, lengths: Tensor | None, B: int) -> None:

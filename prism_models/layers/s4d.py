@@ -122,8 +122,10 @@ class S4DComplex(nn.Module):
         u, gate, dt = self._project(x_t)
         if not self.state_path:
             return self._skip(u, gate), state
+        # [1,H,P,N] says that C is static where [H,P,N] could also be per row.
+        C = self.C if self.C.ndim == 3 else self.C[None]
         y, state = selective_scan_step(
-            state, u, dt, self.A, self.B, self.C, self.D, gate, dt_bias=self.dt_bias, dt_softplus=True
+            state, u, dt, self.A, self.B, C, self.D, gate, dt_bias=self.dt_bias, dt_softplus=True
         )
         return self.out_proj(y.flatten(-2)), state
 

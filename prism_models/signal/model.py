@@ -119,7 +119,9 @@ class PRISMForClassification(nn.Module):
             if modality.name == name:
                 return modality
         known = ", ".join(repr(m.name) for m in self.config.modalities)
-        fail(NAME, f"a modality out of {known or 'an empty list'}", repr(name), "Add it to the configuration.")
+        fail(
+            NAME, f"a modality out of {known or 'an empty list'}", repr(name), "Add it to the configuration."
+        )
 
 
 def _check_input(x: Tensor, spec: ModalityConfig) -> None:

@@ -34,6 +34,9 @@ class JointData(lightning.LightningDataModule):
     def _loader(self, split: Split, augment: Augment | None = None, *, train: bool = False) -> DataLoader:
         dataset = SequenceDataset(split, augment)
         return DataLoader(
-            dataset, self.batch_size, shuffle=train, drop_last=train and len(split) > self.batch_size,
+            dataset,
+            self.batch_size,
+            shuffle=train,
+            drop_last=train and len(split) > self.batch_size,
             collate_fn=collate,
         )

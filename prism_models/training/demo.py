@@ -118,7 +118,9 @@ def announce(console: Console, config: PRISMConfig, sets: Sequence[Data]) -> Non
     """Say what is about to happen."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     pattern = " ".join(config.layer_pattern())
-    console.print(f"One backbone, {config.num_layers} blocks ({pattern}), width {config.hidden_dim}, on {device}")
+    console.print(
+        f"One backbone, {config.num_layers} blocks ({pattern}), width {config.hidden_dim}, on {device}"
+    )
     for d in sets:
         sizes = f"{len(d.train)} / {len(d.validation)} / {len(d.test)}"
         console.print(f"  {d.name}: {sizes} sequences to train / validate / test; {len(d.classes)} classes")

@@ -31,9 +31,7 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(
-    model: PRISMForClassification, modality: str, split: Split, batch_size: int = 64
-) -> Predictions:
+def predict(model: PRISMForClassification, modality: str, split: Split, batch_size: int = 64) -> Predictions:
     """Classify a whole split on the device of the model."""
     model.eval()
     device = next(model.parameters()).device

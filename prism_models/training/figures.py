@@ -29,7 +29,7 @@ def learning_curves(metrics: Path, picture: Path) -> None:
         for colour, (run, rows) in zip(COLOURS, runs.items(), strict=False):
             epochs = [int(row["epoch"]) for row in rows]
             accuracy = [100 * float(row[f"{name}/val_accuracy"]) for row in rows]
-            top.plot(epochs, accuracy, color=colour, label=run)
+            top.plot(epochs, accuracy, color=colour, marker=".", ms=3, label=run)
             bottom.plot(epochs, [float(row[f"{name}/val_loss"]) for row in rows], color=colour)
             bottom.plot(epochs, [float(row[f"{name}/train_loss"]) for row in rows], color=colour, ls=":")
         top.set(title=name, ylim=(None, 101))
@@ -60,7 +60,8 @@ def confusion_matrices(matrices: Mapping[str, tuple[Tensor, list[str]]], picture
                     colour = "white" if share[i, j] > 0.5 else "black"
                     axis.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=9)
         axis.set(title=title, xlabel="predicted", ylabel="true")
-        axis.set_xticks(range(len(classes)), classes, rotation=45 if len(classes[0]) > 2 else 0, ha="center")
+        turn = dict(rotation=45, ha="right", rotation_mode="anchor") if len(classes[0]) > 2 else {}
+        axis.set_xticks(range(len(classes)), classes, **turn)
         axis.set_yticks(range(len(classes)), classes)
         axis.tick_params(length=0)
     _finish(plt, figure, axes[0], picture)
