@@ -128,7 +128,9 @@ def selective_scan_bwd(
         grads = (layout.restore(du), ddt, d.A, dB, dC, dD, dz, dbias, dh0)
         inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
         return tuple(
-            u.new_empty(0) if x is None else as_pairs(d).to(x.dtype).clone(memory_format=torch.contiguous_format)
+            u.new_empty(0)
+            if x is None
+            else as_pairs(d).to(x.dtype).clone(memory_format=torch.contiguous_format)
             for d, x in zip(grads, inputs, strict=True)
         )
 
