@@ -40,16 +40,39 @@ def expm1(x, e, TERMS: tl.constexpr):
 
 
 @triton.jit
+def rotation(y):
+    """sin(y), cos(y) and 1 - cos(y), the last accurate near 0 too.
+
+    tl.sin and tl.cos carry a reduction for any float32 with a table in local memory. Phases here are
+    small: three exact parts of pi/2 hold to |y| = 1e4, and beyond it float32 phases mean little.
+    """
+    if y.dtype == tl.float64:
+        half = tl.sin(0.5 * y)
+        return tl.sin(y), tl.cos(y), 2.0 * half * half
+    turns = tl.floor(y * 0.6366197723675814 + 0.5)
+    r = ((y - turns * 1.5703125) - turns * 4.837512969970703e-4) - turns * 7.549789948768648e-8
+    r = tl.minimum(tl.maximum(r, -1.0), 1.0)
+    q = turns - 4.0 * tl.floor(turns * 0.25)
+    z = r * r
+    sin = r + r * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
+    versine = z * (0.5 + z * (-1 / 24 + z * (1 / 720 + z * (-1 / 40320 + z * (1 / 3628800)))))
+    cos = 1.0 - versine
+    odd = (q == 1.0) | (q == 3.0)
+    s = tl.where(odd, cos, sin)
+    c = tl.where(odd, sin, cos)
+    s = tl.where(q >= 2.0, -s, s)
+    c = tl.where((q == 1.0) | (q == 2.0), -c, c)
+    return s, c, tl.where(q == 0.0, versine, 1.0 - c)
+
+
+@triton.jit
 def discretise(dt, A_r, A_i, inv_r, inv_i, vanishing, EXPM1_TERMS: tl.constexpr):
     """a = exp(dt A) and w = (a - 1) / A, with a numerator exact to rounding in norm; w = dt where A = 0."""
     x = dt * A_r
-    y = dt * A_i
     gain = tl.exp(x)
-    cos = tl.cos(y)
-    half = tl.sin(0.5 * y)
-    a_i = gain * tl.sin(y)
-    rise_r = expm1(x, gain, EXPM1_TERMS) * cos - 2.0 * half * half
-    w_r, w_i = times(rise_r, a_i, inv_r, inv_i)
+    sin, cos, versine = rotation(dt * A_i)
+    a_i = gain * sin
+    w_r, w_i = times(expm1(x, gain, EXPM1_TERMS) * cos - versine, a_i, inv_r, inv_i)
     return gain * cos, a_i, tl.where(vanishing, dt, w_r), w_i
 
 

@@ -1,4 +1,4 @@
-"""Launchers of the kernels, with the interface of `torch_impl`: static B and C, complex A, zero-order hold."""
+"""Launchers of the kernels, as `torch_impl` is called: static B and C, complex A, zero-order hold."""
 
 import torch
 from torch import Tensor
