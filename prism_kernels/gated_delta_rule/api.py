@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._core import checks
 from .._core.impl import choose_impl
-from .._core.runtime import accumulate_dtype
+from .._core.runtime import accumulate_dtype, interpreting
 from . import op as ops
 from .reference import gated_delta_rule_reference
 
@@ -230,4 +230,6 @@ def _triton_lacks(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[str]:
         lacks.append(f"grouped heads (HV = {HV}, H = {H})")
     if max(K, V) > LARGEST_TRITON:
         lacks.append(f"K or V above {LARGEST_TRITON} (K = {K}, V = {V})")
+    if k.dtype == torch.float64 and not interpreting():
+        lacks.append("float64")
     return lacks

@@ -1,4 +1,4 @@
-"""Opaque custom ops, one pair (forward, backward) per public function, and the launchers of the kernels.
+"""Opaque custom ops, one pair (forward, backward) per public function; launchers are in launch.py.
 
 Every path other than the reference is one node to autograd, torch.compile and export. A forward op returns
 (o, final_state) and four residuals, empty where the path or an inference call has no use for them.
@@ -32,27 +32,46 @@ def state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, .
     return (S, v.shape[2], q.shape[3], v.shape[3])
 
 
-def chunk_residuals(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, C: int, impl: str) -> list[Shape]:
+def chunk_residuals(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, l2norm: bool, C: int, impl: str
+) -> list[Shape]:
     """Shapes and dtypes of what the chunked forward keeps for its backward."""
     (B, T, HV, V), K, wide = v.shape, q.shape[3], accumulate_dtype(q.dtype)
+    none = ((0,), wide)
+    if impl == "triton":
+        from .launch import inner_chunk
+
+        C = inner_chunk(C, K, V, q.dtype)
+        padded = (T + C - 1) // C * C
+        norms = ((2, B, HV, padded), wide) if l2norm else none
+        square = ((B, HV, padded, C), q.dtype)
+        return [square, square, ((2, B, HV, padded), wide), norms]
     C = torch_impl.inner_chunk(C, K, V)
     steps = (T + C - 1) // C
     M = B * HV * steps if cu_seqlens is None else HV * (T // C + cu_seqlens.shape[0] - 1)
-    none = ((0,), wide)
     return [((M, C, C), wide), ((M, C, V), wide), ((M, K, V), wide), none]
 
 
 def recurrent_residuals(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, impl: str) -> list[Shape]:
     """Shapes and dtypes of what the token-by-token forward keeps for its backward."""
-    S, HV, K, V = state_shape(q, v, cu_seqlens)
-    wide, T, every = accumulate_dtype(q.dtype), v.shape[1], torch_impl.CHECKPOINT
+    (S, HV, K, V), wide = state_shape(q, v, cu_seqlens), accumulate_dtype(q.dtype)
     none = ((0,), wide)
-    return [(((T + every - 1) // every, S * HV, K, V), wide), none, none, none]
+    if impl == "triton":
+        from .launch import EVERY
+
+        return [((S, HV, (v.shape[1] + EVERY - 1) // EVERY, K, V), wide), none, none, none]
+    every = torch_impl.CHECKPOINT
+    return [(((v.shape[1] + every - 1) // every, S * HV, K, V), wide), none, none, none]
 
 
 def empty_residuals(like: Tensor, shapes: list[Shape], save: bool) -> list[Tensor]:
     """Room for residuals, or as many empty tensors."""
     return [like.new_empty(shape if save else (0,), dtype=dtype) for shape, dtype in shapes]
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The kernels' strides are constants."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 @torch.library.custom_op("prism_kernels::chunk_gated_delta_rule_fwd", mutates_args=())
@@ -74,6 +93,15 @@ def chunk_fwd(
     if checks.values_are_checked(g):
         check_values("chunk_gated_delta_rule", g, cu_seqlens, q.shape[1])
     with without_autocast(q.device):
+        if impl == "triton":
+            from . import launch
+
+            q, k, v, g, beta, initial_state = contiguous(q, k, v, g, beta, initial_state)
+            # The kernels pass A, P, gates and norms on to each other: kept or not, they are needed here.
+            kept = empty_residuals(g, chunk_residuals(q, v, None, l2norm, chunk_size, impl), True)
+            C = kept[0].shape[-1]
+            o, final = launch.chunk_forward(q, k, v, g, beta, initial_state, kept, scale, l2norm, C)
+            return o, final, *(kept if save else [g.new_empty(0) for _ in kept])
         o, final, saved = torch_impl.forward(
             q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, chunk_size, save
         )
@@ -82,7 +110,7 @@ def chunk_fwd(
 
 @chunk_fwd.register_fake
 def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, chunk_size, save, impl):
-    residuals = empty_residuals(g, chunk_residuals(q, v, cu_seqlens, chunk_size, impl), save)
+    residuals = empty_residuals(g, chunk_residuals(q, v, cu_seqlens, l2norm, chunk_size, impl), save)
     return v.new_empty(v.shape), g.new_empty(state_shape(q, v, cu_seqlens)), *residuals
 
 
@@ -109,6 +137,12 @@ def chunk_bwd(
             q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, chunk_size, True, impl
         )[2:]
     with without_autocast(q.device):
+        if impl == "triton":
+            from . import launch
+
+            do, dfinal, q, k, v, initial_state = contiguous(do, dfinal, q, k, v, initial_state)
+            C = residuals[0].shape[-1]
+            return launch.chunk_backward(do, dfinal, q, k, v, g, initial_state, residuals, scale, l2norm, C)
         saved = torch_impl.Saved(*residuals[:3])
         return torch_impl.backward(do, dfinal, q, k, v, g, beta, cu_seqlens, saved, scale, l2norm, chunk_size)
 
@@ -136,6 +170,13 @@ def recurrent_fwd(
     if checks.values_are_checked(g):
         check_values("fused_recurrent_gated_delta_rule", g, cu_seqlens, q.shape[1])
     with without_autocast(q.device):
+        if impl == "triton":
+            from . import launch
+
+            q, k, v, g, beta, initial_state = contiguous(q, k, v, g, beta, initial_state)
+            kept = empty_residuals(g, recurrent_residuals(q, v, None, impl), save)
+            o, final = launch.recurrent_forward(q, k, v, g, beta, initial_state, kept[0], scale, l2norm)
+            return o, final, *kept
         o, final, checkpoints = torch_impl.recurrent_forward(
             q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, save
         )
@@ -168,6 +209,11 @@ def recurrent_bwd(
     if residuals[0].numel() == 0:
         residuals = recurrent_fwd(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, True, impl)[2:]
     with without_autocast(q.device):
+        if impl == "triton":
+            from . import launch
+
+            do, dfinal, q, k, v, g, beta = contiguous(do, dfinal, q, k, v, g, beta)
+            return launch.recurrent_backward(do, dfinal, q, k, v, g, beta, residuals[0], scale, l2norm)
         return torch_impl.recurrent_backward(
             do, dfinal, q, k, v, g, beta, cu_seqlens, residuals[0], scale, l2norm
         )

@@ -1,0 +1,61 @@
+"""Helpers of all kernels: row loads, decays, the inverse.
+
+Tensors of tokens are [B, T, H, D] as given; what the kernels keep between launches is padded to whole
+chunks and laid out per head, [B, H, N * C, ...], so that only tensors of the caller need masks along time.
+Padding rows hold G of the last token and beta 0, and masked loads give them q = k = v = 0: they write and
+read nothing.
+
+Products take q and k as they lie in memory. Where rows are to have length one, their factors multiply rows
+and columns of results instead, in ACC: exact, and no operand has to pass through registers.
+"""
+
+import triton
+import triton.language as tl
+
+from ..._core.tl_math import dot
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tokens(p, o_t, o_d, T, H: tl.constexpr, D: tl.constexpr):
+    """Rows `o_t` of one head of [.., T, H, D], as [len(o_t), len(o_d)]; zero outside."""
+    m = (o_t < T)[:, None] & (o_d < D)[None, :]
+    return tl.load(p + o_t[:, None] * (H * D) + o_d[None, :], mask=m, other=0.0)
+
+
+@triton.jit
+def load_tokens_across(p, o_t, o_d, T, H: tl.constexpr, D: tl.constexpr):
+    """The same as [len(o_d), len(o_t)]."""
+    m = (o_d < D)[:, None] & (o_t < T)[None, :]
+    return tl.load(p + o_t[None, :] * (H * D) + o_d[:, None], mask=m, other=0.0)
+
+
+@triton.jit
+def load_norm(p, o_t, L2: tl.constexpr, ACC: tl.constexpr):
+    """Factors that give rows length one, or ones."""
+    if L2:
+        return tl.load(p + o_t)
+    else:
+        return tl.full([o_t.shape[0]], 1.0, ACC)
+
+
+@triton.jit
+def decays(G_to, G_from, m):
+    """2 ** (G_to - G_from) where `m`, else 0; the exponent is capped at 0 before the exponential."""
+    return tl.where(m, tl.exp2(tl.minimum(G_to - G_from, 0.0)), 0.0)
+
+
+@triton.jit
+def unit_lower_inverse(
+    L, C: tl.constexpr, LOG_C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
+):
+    """(I + L)^-1 of strictly lower L [C, C]: the diagonal blocks of 1, 2, 4, ... rows, all at once."""
+    o = tl.arange(0, C)
+    i, j = o[:, None], o[None, :]
+    X = tl.where(i == j, 1.0, 0.0).to(ACC) - tl.where((i // 2 == j // 2) & (i > j), L, 0.0)
+    for level in tl.static_range(1, LOG_C):
+        corner = (i // (2 << level) == j // (2 << level)) & (i // (1 << level) > j // (1 << level))
+        step = dot(X, tl.where(corner, L, 0.0), DTYPE, PRECISION, ACC)
+        X -= dot(step, X, DTYPE, PRECISION, ACC)
+    return X
