@@ -7,6 +7,12 @@ from .gated_delta_rule import (
     fused_recurrent_gated_delta_rule,
 )
 from .rms_norm import RMSNormOutput, rms_norm
+from .selective_scan import (
+    SelectiveScanOutput,
+    SelectiveScanStepOutput,
+    selective_scan,
+    selective_scan_step,
+)
 from .swiglu import swiglu
 
 __version__ = "0.1.0"
@@ -15,9 +21,13 @@ __all__ = [
     "CausalConv1dOutput",
     "GatedDeltaRuleOutput",
     "RMSNormOutput",
+    "SelectiveScanOutput",
+    "SelectiveScanStepOutput",
     "causal_conv1d",
     "chunk_gated_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "rms_norm",
+    "selective_scan",
+    "selective_scan_step",
     "swiglu",
 ]

@@ -12,7 +12,7 @@ from . import blocks, dual
 from .discrete import Params, ScanGradients
 
 DUAL_CHANNELS = 4  # fewer channels per head do not repay building the matrices
-DUAL_TOKENS = 8
+DUAL_TOKENS = 4
 SLAB = 2**17  # elements [B,time,H,N] of one run of chunks: its temporaries stay in the cache
 
 
@@ -50,24 +50,27 @@ def plan(shape: torch.Size, p: Params):
     """Return the way, the tokens per chunk, and the chunks per call."""
     batch, T, H, P = shape
     N = p.A.shape[-1]
-    if is_dual(T, P, p.B.ndim == 3, p.C.ndim == 3):
-        return dual, dual.CHUNK, max(1, SLAB // (batch * dual.CHUNK * H * N))
-    return blocks, block_length(H * P * N), 1
+    c = chunk_length(H, P, N, p.B.ndim == 3, p.C.ndim == 3)
+    if is_dual(P, p.B.ndim == 3, p.C.ndim == 3) and T >= DUAL_TOKENS:
+        return dual, c, max(1, SLAB // (batch * c * H * N))
+    return blocks, c, 1
 
 
-def is_dual(T: int, P: int, B_by_channel: bool, C_by_channel: bool) -> bool:
-    """Whether a call is computed in the chunked dual form."""
-    return P >= DUAL_CHANNELS and T >= DUAL_TOKENS and not B_by_channel and not C_by_channel
+def is_dual(P: int, B_by_channel: bool, C_by_channel: bool) -> bool:
+    """Whether a call of more than a few tokens is computed in the chunked dual form."""
+    return P >= DUAL_CHANNELS and not B_by_channel and not C_by_channel
 
 
-def block_length(state_size: int) -> int:
-    """Tokens per block: fewer for larger states, since a block's states are held at once."""
-    return 64 if state_size <= 2**12 else 32 if state_size <= 2**14 else 16
+def chunk_length(H: int, P: int, N: int, B_by_channel: bool, C_by_channel: bool) -> int:
+    """Tokens between two stored states: fewer for larger ones, since a block holds all its states."""
+    if is_dual(P, B_by_channel, C_by_channel):
+        return dual.CHUNK
+    return 64 if H * P * N <= 2**12 else 32 if H * P * N <= 2**14 else 16
 
 
 def states_shape(
     batch: int, T: int, H: int, P: int, N: int, B_by_channel: bool, C_by_channel: bool
 ) -> tuple[int, ...]:
     """Shape of the states that `forward` keeps."""
-    c = dual.CHUNK if is_dual(T, P, B_by_channel, C_by_channel) else block_length(H * P * N)
+    c = chunk_length(H, P, N, B_by_channel, C_by_channel)
     return (T + c - 1) // c + 1, batch, H, P, N

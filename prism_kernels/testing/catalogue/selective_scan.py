@@ -1,0 +1,279 @@
+"""Cases of the selective scan: static B and C, input-dependent ones, and the real channelwise form."""
+
+import cmath
+import math
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ... import selective_scan, selective_scan_step
+from ...selective_scan.api import to_numbers, to_pairs
+from ...selective_scan.op import selective_scan_bwd, selective_scan_fwd
+from ...selective_scan.reference import scan_reference
+from ..inputs import Draw
+from ..spec import Case, ErrorCase, OpSpec, Outputs
+
+OPTIONS = ("dt_softplus", "reverse", "discretization")
+
+
+def run(case: Case, impl: str | None) -> Outputs:
+    y, state = selective_scan(**case.tensors, **case.options, output_final_state=True, impl=impl)
+    return {"y": y, "final_state": state}
+
+
+def reference(case: Case, product_dtype: torch.dtype | None) -> Outputs:
+    A, tensors = case.tensors["A"], dict(case.tensors)
+    for name in ("A", "B", "C", "initial_state"):
+        if name in tensors:
+            tensors[name] = to_numbers(tensors[name], A)
+    y, state = scan_reference(**tensors, **case.options, product_dtype=product_dtype)
+    return {"y": y, "final_state": torch.view_as_real(state) if A.ndim == 3 else state}
+
+
+def step(case: Case, state: Tensor | None) -> tuple[Outputs, Tensor]:
+    A = case.tensors["A"]
+    tokens = {n: case.tensors[n][:, 0] for n in ("u", "dt", "z") if n in case.tensors}
+    for name in ("B", "C"):
+        x = case.tensors[name]
+        by_channel = x.ndim - (A.ndim == 3) == 3
+        tokens[name] = x[None] if by_channel else x  # [1,H,P,N] is never read as one token's [B,G,N]
+    if state is None:
+        state = A.new_zeros(*tokens["u"].shape, A.shape[1], *A.shape[2:])
+    rest = {n: case.tensors[n] for n in ("A", "D", "dt_bias") if n in case.tensors}
+    options = {n: v for n, v in case.options.items() if n != "reverse"}
+    y, state = selective_scan_step(state, **tokens, **rest, **options)
+    return {"y": y[:, None]}, state
+
+
+def draw_case(
+    draw: Draw,
+    name: str,
+    sizes: tuple[int, int, int, int, int],
+    *,
+    weights: tuple[str, str] = ("head", "head"),
+    real: bool = False,
+    steps: tuple[float, float] = (1e-2, 0.5),
+    state: bool = True,
+    full: bool = True,
+    hostile: bool = False,
+    **options,
+) -> Case:
+    """One case of sizes B, T, H, P, N; `weights` says how B and C come, `full` adds D, z and dt_bias."""
+    B, T, H, P, N = sizes
+    number = draw.wide_normal if real else draw.complex_normal
+    shapes = {"head": (H, N), "channel": (H, P, N), "token": (B, T, 1, N)}
+    A = -draw.gate(H, N, low=0.2, high=1.5)
+    tensors = {
+        "u": draw.normal(B, T, H, P),
+        "dt": draw.log_uniform(B, T, H, low=steps[0], high=steps[1]),
+        "A": A if real else torch.complex(A, 4 * draw.wide_normal(H, N)),
+        "B": number(*shapes[weights[0]]),
+        "C": number(*shapes[weights[1]]),
+    }
+    if full:
+        tensors |= {"D": draw.wide_normal(H, P), "z": draw.normal(B, T, H, P)}
+        tensors["dt_bias"] = draw.gate(H, low=0.05, high=0.1)
+    if state:
+        tensors["initial_state"] = number(B, H, P, N)
+    return Case(name, tensors, options, hostile)
+
+
+def static_cases(dtype: torch.dtype) -> list[Case]:
+    make = partial(draw_case, Draw(0, dtype))
+    zero_pole = make("a pole at zero, and one beside it", (1, 5, 2, 4, 3))
+    A = zero_pole.tensors["A"].clone()
+    A[:, 0], A[:, 1] = 0, torch.complex(torch.tensor(-1e-7), torch.tensor(1e-7))
+    packed = make("packed, empty sequences among them", (1, 11, 2, 4, 2), dt_softplus=True)
+    bounds = torch.tensor([0, 0, 6, 9, 9])
+    states = Draw(1, dtype).complex_normal(4, 2, 4, 2)
+    pairs = make("real pairs", (1, 4, 2, 4, 2))
+    in_pairs = {n: torch.view_as_real(pairs.tensors[n]) for n in ("A", "B", "C", "initial_state")}
+    oscillating = make("undamped poles", (1, 9, 1, 4, 3), hostile=True)
+    undamped = torch.complex(torch.zeros_like(oscillating.tensors["A"].real), oscillating.tensors["A"].imag)
+    return [
+        make("a step size per head, with all there is", (2, 6, 2, 4, 3)),
+        make("one token", (2, 1, 2, 4, 3), dt_softplus=True),
+        make("a step size per channel, across two segments", (1, 67, 2, 1, 2), full=False),
+        make("read-out per channel, five channels", (1, 5, 1, 5, 3), weights=("head", "channel")),
+        make(
+            "both per channel, no state given", (1, 6, 2, 2, 3), weights=("channel", "channel"), state=False
+        ),
+        make("chunk edge plus one, backward in time", (1, 17, 2, 4, 3), reverse=True, dt_softplus=True),
+        make("Euler", (1, 18, 2, 4, 3), discretization="euler"),
+        packed.with_tensors(initial_state=states, cu_seqlens=bounds),
+        pairs.with_tensors(**in_pairs),
+        zero_pole.with_tensors(A=A),
+        make("tiny steps", (1, 8, 2, 4, 3), steps=(1e-7, 1e-5), full=False, hostile=True),
+        make("huge steps", (1, 8, 2, 4, 3), steps=(1e1, 1e2), full=False, hostile=True),
+        make("tiny and huge steps by turns", (1, 18, 2, 4, 3), steps=(1e-6, 1e2), hostile=True),
+        oscillating.with_tensors(A=undamped),
+    ]
+
+
+def token_cases(dtype: torch.dtype) -> list[Case]:
+    make = partial(draw_case, Draw(2, dtype), weights=("token", "token"))
+    packed = make("packed", (1, 20, 2, 4, 2))
+    grouped = make("real B and C in two groups", (2, 9, 4, 4, 2))
+    groups = {"B": Draw(3, dtype).normal(2, 9, 2, 2), "C": Draw(6, dtype).normal(2, 9, 2, 2)}
+    return [
+        make("complex B and C per token", (2, 9, 2, 4, 3)),
+        packed.with_tensors(
+            initial_state=Draw(4, dtype).complex_normal(2, 2, 4, 2), cu_seqlens=torch.tensor([0, 17, 19])
+        ),
+        grouped.with_tensors(**groups),
+        make("huge steps", (1, 17, 2, 4, 3), steps=(1e1, 1e2), full=False, hostile=True),
+    ]
+
+
+def real_cases(dtype: torch.dtype) -> list[Case]:
+    make = partial(draw_case, Draw(5, dtype), weights=("token", "token"), real=True, reverse=True)
+    return [
+        make("channelwise, backward in time", (2, 9, 4, 1, 3)),
+        make("Euler, softplus", (1, 7, 4, 1, 3), discretization="euler", dt_softplus=True),
+        make("a step size per head", (1, 17, 2, 4, 3)),
+        make("huge steps", (1, 6, 4, 1, 3), steps=(1e1, 1e2), full=False, hostile=True),
+    ]
+
+
+def hand() -> tuple[Case, Outputs]:
+    A, B, C, D, h = -1 + 2j, 2 + 0j, 1 - 1j, 0.5, 0.25 + 0.5j
+    y, tokens = [], [(1.0, 0.5, 0.3), (-2.0, 0.25, -1.0)]
+    for u, dt, z in tokens:
+        a = cmath.exp(dt * A)
+        h = a * h + (a - 1) / A * B * u
+        y.append((2 * (C.conjugate() * h).real + D * u) * z / (1 + math.exp(-z)))
+    column = [torch.tensor(x, dtype=torch.float64).reshape(1, 2, 1, 1) for x in zip(*tokens, strict=True)]
+    number = {n: torch.tensor([[x]], dtype=torch.complex128) for n, x in (("A", A), ("B", B), ("C", C))}
+    start = torch.full((1, 1, 1, 1), 0.25 + 0.5j, dtype=torch.complex128)
+    tensors = {"u": column[0], "dt": column[1][..., 0], "z": column[2], **number, "initial_state": start}
+    tensors["D"] = torch.tensor([D], dtype=torch.float64)
+    expected = {"y": torch.tensor(y, dtype=torch.float64).reshape(1, 2, 1, 1)}
+    return Case("one state", tensors), expected | {"final_state": torch.full_like(start, h)}
+
+
+def errors() -> list[ErrorCase]:
+    u, dt, c = torch.randn(2, 6, 4, 3), torch.rand(2, 6, 4), torch.complex64
+    square = {"state": torch.zeros(4, 4, 1, 5, dtype=c), "u": torch.ones(4, 4, 1), "dt": torch.ones(4, 4)}
+    A = torch.complex(-torch.rand(4, 5), torch.randn(4, 5))
+    B, C, state = torch.ones(4, 5, dtype=c), torch.ones(4, 3, 5, dtype=c), torch.zeros(2, 4, 3, 5, dtype=c)
+    given = {"u": u, "dt": dt, "A": A, "B": B, "C": C}
+    row = {"u": u[:1], "dt": dt[:1]}
+    pair = torch.view_as_real
+
+    def case(name: str, error: type[Exception], pattern: str, **changes) -> ErrorCase:
+        call = partial(selective_scan, **(given | changes))
+        return ErrorCase(name, call, error, f"selective_scan: expected .*{pattern}")
+
+    def bad_step(name: str, pattern: str, **changes) -> ErrorCase:
+        token = {"state": state, **given, "u": u[:, 0], "dt": dt[:, 0]} | changes
+        return ErrorCase(name, partial(selective_scan_step, **token), ValueError, pattern)
+
+    def bounds(*values: float) -> dict[str, Tensor]:
+        return row | {"cu_seqlens": torch.tensor(values)}
+
+    needs = r"a call that the 'triton' path covers, got "
+    lacking = {
+        "a real A": {"A": A.real, "B": B.real, "C": C.real},
+        "input-dependent B": {"B": torch.ones(2, 6, 1, 5)},
+        "input-dependent C": {"C": torch.ones(2, 6, 1, 5)},
+        "cu_seqlens": bounds(0, 6),
+        "reverse=True": {"reverse": True},
+        "discretization='euler'": {"discretization": "euler"},
+    }
+    return [
+        case("rank of u", ValueError, r"`u` of rank 4, \[B, T, H, P\], got shape \(2, 6, 4\)", u=u[..., 0]),
+        case("heads before time", ValueError, r"`A` \[H, N\] with H = 6", u=u.transpose(1, 2)),
+        case("step size per channel", ValueError, r"`dt` \[B, T, H\] of shape \(2, 6, 4\)", dt=u),
+        case("no token", ValueError, "at least one time step in `u`, got T = 0", u=u[:, :0], dt=dt[:, :0]),
+        case("integers", TypeError, "`u` of dtype float16", u=u.int()),
+        case("integer step", TypeError, "`dt` of dtype float16", dt=dt.int()),
+        case("device", ValueError, "`D` on cpu, where `u` is, got meta", D=torch.ones(4, device="meta")),
+        case("growing pole", ValueError, "`Re A` <= 0 everywhere, got a largest value of 0.5", A=A * 0 + 0.5),
+        case("negative step", ValueError, "`dt` >= 0 everywhere, got a smallest value of -1", dt=dt * 0 - 1),
+        case("rank of A", ValueError, r"`A` as \[H, N\], or as real pairs", A=A[0]),
+        case("shape of B", ValueError, r"`B` \[H, N\] = \(4, 5\) or .*, got \(4, 4\)", B=B[:, :4]),
+        case("groups", ValueError, r"`C` \[B, T, G, N\] with G dividing H = 4", C=torch.ones(2, 6, 3, 5)),
+        case("shape of D", ValueError, r"`D` \[H\] or \[H, P\] of shape \(4, 3\)", D=torch.ones(3, 4)),
+        case("shape of z", ValueError, r"`z` \[B, T, H, P\], like `u`", z=u[:, :5]),
+        case("shape of dt_bias", ValueError, r"`dt_bias` \[H\]", dt_bias=torch.ones(3)),
+        case("state of a row", ValueError, r"`initial_state`.*\(2, 4, 3, 5\)", initial_state=state[:1]),
+        case("pairs for a complex A", ValueError, "real pairs", B=pair(B)),
+        case("a complex B for pairs", TypeError, "`B` of dtype.*if and only if", A=pair(A), C=pair(C)),
+        case("a real state", TypeError, "`initial_state` of dtype complex64", initial_state=state.real),
+        case("a complex B for a real A", TypeError, "`B` of dtype", A=A.real),
+        case("discretisation", ValueError, "`discretization` to be one of", discretization="exact"),
+        case("path", ValueError, "`impl` to be one of", impl="cuda"),
+        case("bounds of floats", TypeError, "`cu_seqlens` of dtype int32", **bounds(0.0, 6.0)),
+        case("bounds that fall", ValueError, "never decreases", **bounds(0, 4, 2, 6)),
+        case("bounds past the end", ValueError, "at most T = 6", **bounds(0, 9)),
+        case("packed batch", ValueError, "batch size 1", cu_seqlens=torch.tensor([0, 6])),
+        *(
+            case(n + " on triton", NotImplementedError, needs + n, impl="triton", **x)
+            for n, x in lacking.items()
+        ),
+        bad_step("a step with a time axis", r"selective_scan_step: expected `u` of rank 3", u=u),
+        bad_step(
+            "a gradient in place",
+            "without gradient",
+            state=torch.zeros_like(state, requires_grad=True),
+            inplace=True,
+        ),
+        bad_step("weights that may be both", "which is both", **square, C=torch.ones(4, 1, 5)),
+    ]
+
+
+def opcheck(case: Case, impl: str) -> list[tuple]:
+    A = case.tensors["A"]
+    tensors = {n: t.detach() for n, t in case.tensors.items()}
+    for name in ("A", "B", "C", "initial_state"):
+        if name in tensors:
+            tensors[name] = to_pairs(tensors[name], A).clone().requires_grad_()
+    names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "cu_seqlens")
+    inputs = [tensors.get(n) for n in names]
+    for i in (0, 1, 5, 6, 7):
+        inputs[i] = None if inputs[i] is None else inputs[i].requires_grad_()
+    softplus, reverse, method = (case.options.get(n, False) for n in OPTIONS)
+    options = (softplus, reverse, method == "euler", impl)
+    detached = [None if x is None else x.detach() for x in inputs]
+    y, final_state, states, ungated = selective_scan_fwd(*detached, *options)
+    backward = (torch.ones_like(y), torch.ones_like(final_state), states, ungated, *detached, *options)
+    return [(selective_scan_fwd, (*inputs, *options)), (selective_scan_bwd, backward)]
+
+
+def on_triton(case: Case) -> bool:
+    plain = "cu_seqlens" not in case.tensors and not case.options.get("reverse")
+    return plain and case.options.get("discretization", "zoh") == "zoh"
+
+
+STATIC = OpSpec(
+    name="selective_scan",
+    run=run,
+    reference=reference,
+    cases=static_cases,
+    hand=hand,
+    errors=errors,
+    opcheck=opcheck,
+    on_triton=on_triton,
+    time_inputs=("u", "dt", "z"),
+    state=("initial_state", "final_state"),
+    step=step,
+    reverse_time=lambda case: case.options.get("reverse", False),
+    packed=True,
+    bounded=("A", "dt", "dt_bias"),
+)
+
+
+def variant(name: str, cases) -> OpSpec:
+    """The same op with B and C along time, on the path that has it."""
+    return replace(
+        STATIC, name=name, cases=cases, errors=list, paths=("torch",), time_inputs=("u", "dt", "z", "B", "C")
+    )
+
+
+SPECS = [
+    STATIC,
+    variant("selective_scan with B and C per token", token_cases),
+    variant("selective_scan with real poles, channelwise", real_cases),
+]
