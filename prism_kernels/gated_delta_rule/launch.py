@@ -36,6 +36,12 @@ def constants(q: Tensor, v: Tensor, scale: float, l2norm: bool) -> dict:
     return {"H": H, "K": K, "SCALE": scale, "L2": l2norm, "PRECISION": "ieee", "ACC": ACC}
 
 
+def unpacked(residuals: list[Tensor], l2norm: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """N, P, G and (beta, norm of q, norm of k), where norms that do not exist are any tensor."""
+    N, P, G, tokens = residuals
+    return N, P, G, tuple(tokens if l2norm else tokens.expand(3, *tokens.shape[1:]))
+
+
 def inverse_precision(dtype: torch.dtype, l2norm: bool) -> dict:
     """Products of the inverse: fp16 where keys of length one bound it by 2, else float32 (or wider)."""
     if dtype == torch.float64:
@@ -65,16 +71,15 @@ def chunk_forward(
     l2norm: bool,
     C: int,
 ) -> tuple[Tensor, Tensor]:
-    """Fill the residuals (A, P, gates, norms); return o and the final state."""
+    """Fill the residuals (N, P, G, per-token factors); return o and the final state."""
     (B, T, H, K), V = q.shape, v.shape[3]
-    A, P, gates, norms = residuals
-    norm_q, norm_k = norms if l2norm else (norms, norms)
-    N, common = triton.cdiv(T, C), constants(q, v, scale, l2norm)
+    N, P, G, (b, norm_q, norm_k) = unpacked(residuals, l2norm)
+    steps, common = triton.cdiv(T, C), constants(q, v, scale, l2norm)
     half = min(C, 32)
     launch(
         chunk_forward_kernels.prepare_kernel,
-        (N, B * H),
-        q, k, g, beta, A, P, gates[0], gates[1], norm_q, norm_k, T,
+        (steps, B * H),
+        q, k, g, beta, N, P, G, b, norm_q, norm_k, T,
         BK=padded(K), C=C, HALF=half, LOG_HALF=half.bit_length() - 1,
         num_warps=PREPARE_WARPS[C], num_stages=1,
         **common, **inverse_precision(q.dtype, l2norm),
@@ -84,7 +89,7 @@ def chunk_forward(
     launch(
         chunk_forward_kernels.scan_kernel,
         (triton.cdiv(V, blocks["BV"]), B * H),
-        q, k, v, A, P, gates[0], gates[1], norm_q, norm_k, final if initial_state is None else initial_state,
+        q, k, v, N, P, G, b, norm_q, norm_k, final if initial_state is None else initial_state,
         o, final, T,
         V=V, BK=padded(K), C=C, FIRST=initial_state is not None, **common, **blocks,
     )  # fmt: skip
@@ -106,19 +111,18 @@ def chunk_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, beta and the initial state."""
     (B, T, H, K), V = q.shape, v.shape[3]
-    A, P, gates, norms = residuals
-    norm_q, norm_k = norms if l2norm else (norms, norms)
-    N, common = triton.cdiv(T, C), constants(q, v, scale, l2norm)
-    U, dR = (v.new_empty(B, H, N * C, V) for _ in range(2))
-    S, dS = (v.new_empty(B, H, N, K, V) for _ in range(2))
+    N, P, G, (b, norm_q, norm_k) = unpacked(residuals, l2norm)
+    steps, common = triton.cdiv(T, C), constants(q, v, scale, l2norm)
+    E, dR = (v.new_empty(B, H, steps * C, V) for _ in range(2))
+    S, dS = (v.new_empty(B, H, steps, K, V) for _ in range(2))
     dfirst = g.new_empty(B, H, K, V)
     blocks = narrower(STATES, K, V, q.dtype)
     launch(
         chunk_backward_kernels.states_kernel,
         (triton.cdiv(V, blocks["BV"]), B * H, 2),
-        q, k, v, do, A, P, gates[0], gates[1], norm_q, norm_k,
+        q, k, v, do, N, P, G, b, norm_q, norm_k,
         dfirst if initial_state is None else initial_state, dfirst if dfinal is None else dfinal,
-        U, S, dR, dS, dfirst, T,
+        E, S, dR, dS, dfirst, T,
         V=V, BK=padded(K), C=C, FIRST=initial_state is not None, DFINAL=dfinal is not None,
         **common, **blocks,
     )  # fmt: skip
@@ -127,8 +131,8 @@ def chunk_backward(
     dv, dbeta, dg = torch.empty_like(v), torch.empty_like(g), g.new_empty(2, *g.shape)
     launch(
         chunk_backward_kernels.inputs_kernel,
-        (N, B * H, 2),
-        q, k, v, do, P, gates[0], gates[1], norm_q, norm_k, U, S, dR, dS, dq, dk, dv, dg[0], dg[1], dbeta, T,
+        (steps, B * H, 2),
+        q, k, do, P, G, b, norm_q, norm_k, E, S, dR, dS, dq, dk, dv, dg[0], dg[1], dbeta, T,
         V=V, BK=min(32, padded(K)), BV=padded(V), C=C, num_warps=4, num_stages=1, **common,
     )  # fmt: skip
     if l2norm:

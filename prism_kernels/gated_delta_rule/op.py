@@ -43,9 +43,10 @@ def chunk_residuals(
 
         C = inner_chunk(C, K, V, q.dtype)
         padded = (T + C - 1) // C * C
-        norms = ((2, B, HV, padded), wide) if l2norm else none
         square = ((B, HV, padded, C), q.dtype)
-        return [square, square, ((2, B, HV, padded), wide), norms]
+        # Differences of G must be exact to the last bit of what they decay.
+        G = ((B, HV, padded), torch.float64 if q.dtype.itemsize > 2 else torch.float32)
+        return [square, square, G, ((3 if l2norm else 1, B, HV, padded), wide)]
     C = torch_impl.inner_chunk(C, K, V)
     steps = (T + C - 1) // C
     M = B * HV * steps if cu_seqlens is None else HV * (T // C + cu_seqlens.shape[0] - 1)
@@ -97,7 +98,7 @@ def chunk_fwd(
             from . import launch
 
             q, k, v, g, beta, initial_state = contiguous(q, k, v, g, beta, initial_state)
-            # The kernels pass A, P, gates and norms on to each other: kept or not, they are needed here.
+            # What the kernels pass on to each other is needed here even when it is not kept.
             kept = empty_residuals(g, chunk_residuals(q, v, None, l2norm, chunk_size, impl), True)
             C = kept[0].shape[-1]
             o, final = launch.chunk_forward(q, k, v, g, beta, initial_state, kept, scale, l2norm, C)

@@ -34,8 +34,8 @@ class Operands(NamedTuple):
 class Saved(NamedTuple):
     """What backward needs beside the inputs; rows are matrices in the order of `Layout`."""
 
-    A: Tensor  # r[M,C,C], inverse of I + L
-    U: Tensor  # r[M,C,V], what each token writes
+    N: Tensor  # r[M,C,C], coupling of the tokens of a chunk
+    E: Tensor  # r[M,C,V], error that each token corrects
     states: Tensor  # r[M,K,V], state at the start of each chunk
 
 
@@ -73,21 +73,21 @@ def forward(
         n = layout.matrices(c0, c1, HV)
         P, kk = torch.bmm(x.qk, x.qk[:, C:].mT).split(C, 1)
         P.mul_(x.D)
-        A = unit_lower_inverse(kk.mul_(x.D) * x.beta)
-        R, erase, tailed = x.v.mul_(x.beta), x.beta * x.gamma, x.qk[:, C:] * x.tail
-        U = torch.empty_like(R) if saved is None else saved.U[n]
-        reads = R.new_empty(R.shape[0], 2 * C, V)
+        N = coupling(kk.mul_(x.D), x.beta)
+        writer, reads = x.qk[:, C:] * (x.tail * x.beta), x.v.new_empty(x.v.shape[0], 2 * C, V)
+        E = torch.empty_like(x.v) if saved is None else saved.E[n]
         for m in layout.steps(c0, c1, HV):
             running = state[: m.stop - m.start]
             if saved is not None:
                 saved.states[n][m] = running
             read = torch.bmm(x.qk[m], running, out=reads[m])
-            torch.bmm(A[m], R[m].addcmul_(erase[m], read[:, C:], value=-1), out=U[m])
-            running.mul_(x.last[m]).baddbmm_(tailed[m].mT, U[m])
-        out = (reads[:, :C] * x.gamma).baddbmm_(P, U, beta=scale, alpha=scale)
+            error = x.v[m].addcmul_(x.gamma[m], read[:, C:], value=-1)
+            torch.baddbmm(error, N[m], error * x.beta[m], out=E[m])
+            running.mul_(x.last[m]).baddbmm_(writer[m].mT, E[m])
+        out = (reads[:, :C] * x.gamma).baddbmm_(P, E * x.beta, beta=scale, alpha=scale)
         layout.store(o_rows, c0, c1, out, HV)
         if saved is not None:
-            saved.A[n] = A
+            saved.N[n] = N
     empty = (g.new_empty(0) for _ in range(3))
     return layout.tokens(o, o_rows, T), layout.final_states(state, HV), saved or Saved(*empty)
 
@@ -118,8 +118,8 @@ def backward(
     for c0, c1 in reversed(list(segments(layout, HV * C * max(K, V)))):
         x = load(layout, c0, c1, rows, HV, wide, l2norm)
         n = layout.matrices(c0, c1, HV)
-        A, U, S = saved.A[n], saved.U[n], saved.states[n]
-        dOR = U.new_empty(U.shape[0], 2 * C, V)  # gradients of O over those of R
+        N, E, S = saved.N[n], saved.E[n], saved.states[n]
+        dOR = E.new_empty(E.shape[0], 2 * C, V)  # gradients of O over those of R
         layout.take_into(dOR[:, :C], do_rows, c0, c1, HV).mul_(scale)
         products = torch.bmm(x.qk, x.qk[:, C:].mT)
         dU, dS = torch.bmm((products[:, :C] * x.D).mT, dOR[:, :C]), torch.empty_like(S)
@@ -128,9 +128,10 @@ def backward(
         for m in reversed(list(layout.steps(c0, c1, HV))):
             running = dstate[: m.stop - m.start]
             dS[m] = running
-            dOR[m, C:] = torch.bmm(A[m].mT, dU[m].baddbmm_(tailed[m], running))
+            dU[m].baddbmm_(tailed[m], running)
+            dOR[m, C:] = torch.baddbmm(dU[m], N[m].mT, dU[m] * x.beta[m])
             running.mul_(x.last[m]).baddbmm_(reader[m].mT, dOR[m])
-        dqk, *others = gradients(x, products, decay, U, S, dOR, dS)
+        dqk, *others = gradients(x, products, decay, E, S, dOR, dS)
         for (_, out), grad in zip(grads, (dqk[:, :C], dqk[:, C:], *others), strict=True):
             layout.store(out, c0, c1, grad, HV)
     dq, dk, dv, dg, dbeta = (layout.tokens(base, out, T) for base, out in grads)
@@ -138,32 +139,29 @@ def backward(
 
 
 def gradients(
-    x: Operands, products: Tensor, decay: Tensor, U: Tensor, S: Tensor, dOR: Tensor, dS: Tensor
+    x: Operands, products: Tensor, decay: Tensor, E: Tensor, S: Tensor, dOR: Tensor, dS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qk, v, g, beta of one segment from both recurrences; uses up `products` and x.D."""
-    C = U.shape[1]
-    k, dR = x.qk[:, C:], dOR[:, C:]
-    EM = torch.bmm(dOR, U.mT)
-    E, M = EM.split(C, 1)
-    E.mul_(x.D)  # gradient of Q K^T
-    M.mul_(x.D.tril_(-1).neg_())  # that of K K^T, over beta
-    within, kk = products.mul_(EM).split(C, 1)
-    dbeta = kk.sum(-1, keepdim=True).add_(dot(dR, x.v))
-    within.tril_(-1).addcmul_(kk, x.beta)
-    M.mul_(x.beta)
+    C = E.shape[1]
+    k, dR, U = x.qk[:, C:], dOR[:, C:], E * x.beta
+    dbeta = dot(dR, E)
+    inner = torch.bmm(dOR, U.mT)  # gradients of Q K^T over those of K K^T
+    inner[:, :C].mul_(x.D)
+    inner[:, C:].mul_(x.D.tril_(-1)).mul_(-x.beta)
+    of_q, of_k = products.mul_(inner).split(C, 1)
+    within = of_q.tril_(-1).add_(of_k)
 
     dqk = torch.bmm(dOR, S.mT)
     to_state = torch.bmm(U, dS.mT).mul_(x.tail)
     by_row, kept = dot(x.qk, dqk), dot(k, to_state)
-    dbeta.addcmul_(x.gamma, by_row[:, C:], value=-1)
     by_row.mul_(decay)
     dG = within.sum(-1, keepdim=True) - within.sum(-2).unsqueeze(-1)
     dG += by_row[:, :C] + by_row[:, C:] - kept
     dG[:, -1:] += x.last * (S * dS).sum((-1, -2), keepdim=True) + kept.sum(1, keepdim=True)
     dg = dG.flip(1).cumsum(1).flip(1)
 
-    dqk.mul_(decay).baddbmm_(EM, k)
-    dqk[:, C:] += to_state.baddbmm_(EM.mT, x.qk)
+    dqk.mul_(decay).baddbmm_(inner, k)
+    dqk[:, C:] += to_state.baddbmm_(inner.mT, x.qk)
     return unnormalise(dqk, x.qk, x.norm), dR * x.beta, dg, dbeta
 
 
@@ -186,17 +184,19 @@ def load(
     layout: Layout, c0: int, c1: int, rows: list[Tensor], heads: int, wide: torch.dtype, l2norm: bool
 ) -> Operands:
     """Copy one segment into [n, C, width], widened, and derive the decays."""
-    v, g, beta = (layout.take(x, c0, c1, heads, wide) for x in rows[2:])
+    v, beta = (layout.take(x, c0, c1, heads, wide) for x in (rows[2], rows[4]))
+    # Differences of G must be exact to the last bit of what they decay, however far G has fallen.
+    G = layout.take(rows[3], c0, c1, heads, torch.float64).cumsum(1)
     n, C, _ = v.shape
     qk = v.new_empty(n, 2 * C, rows[0].shape[-1])
     layout.take_into(qk[:, :C], rows[0], c0, c1, heads)
     layout.take_into(qk[:, C:], rows[1], c0, c1, heads)
     norm = normalise(qk) if l2norm else None
-    G = g.cumsum(1)
     last = G[:, -1:]
-    # At or above the diagonal the difference is >= 0: clamped before exp, then cleared.
-    D = (G - G.mT).clamp_(max=0).exp_().tril_()
-    return Operands(qk, v, beta, G.exp(), (last - G).exp_(), last.exp(), D, norm)
+    # Above the diagonal the difference is >= 0: clamped before exp, then cleared.
+    D = (G - G.mT).clamp_(max=0).to(wide).exp_().tril_()
+    gamma, tail, last = (x.to(wide).exp_() for x in (G.clone(), last - G, last.clone()))
+    return Operands(qk, v, beta, gamma, tail, last, D, norm)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -216,33 +216,33 @@ def unnormalise(grad: Tensor, y: Tensor, norm: Tensor | None) -> Tensor:
     return grad if norm is None else grad.addcmul_(y, dot(grad, y), value=-1).mul_(norm)
 
 
-def unit_lower_inverse(L: Tensor) -> Tensor:
-    """(I + strict lower part of L)^-1 for r[n,C,C], C a power of two: halves first, then the corner.
+def coupling(W: Tensor, beta: Tensor) -> Tensor:
+    """N = -W (I + diag(beta) W)^-1 of the strictly lower part of W r[n,C,C], C a power of two.
 
-    [[X, 0], [-Y L21 X, Y]] with X, Y the inverses of the halves.
+    Halves first, then the corner between them, -(I + N22 beta2) W21 (I + beta1 N11).
     """
-    n, C, _ = L.shape
+    n, C, _ = W.shape
     if C <= 16:
-        return _inverse_by_substitution(L)
+        return _coupling_by_substitution(W, beta)
     h = C // 2
-    halves = torch.stack((L[:, :h, :h], L[:, h:, h:]), 1)
-    X, Y = unit_lower_inverse(halves.view(2 * n, h, h)).view(n, 2, h, h).unbind(1)
-    A = L.new_zeros(n, C, C)
-    A[:, :h, :h] = X
-    A[:, h:, h:] = Y
-    A[:, h:, :h] = torch.bmm(torch.bmm(Y, L[:, h:, :h]), X).neg_()
-    return A
+    halves = torch.stack((W[:, :h, :h], W[:, h:, h:]), 1).view(2 * n, h, h)
+    N1, N2 = coupling(halves, beta.reshape(2 * n, h, 1)).view(n, 2, h, h).unbind(1)
+    N, W21 = W.new_zeros(n, C, C), W[:, h:, :h]
+    N[:, :h, :h] = N1
+    N[:, h:, h:] = N2
+    left = torch.baddbmm(W21, N2 * beta[:, h:].mT, W21)
+    N[:, h:, :h] = torch.baddbmm(left, left, N1 * beta[:, :h]).neg_()
+    return N
 
 
-def _inverse_by_substitution(L: Tensor) -> Tensor:
+def _coupling_by_substitution(W: Tensor, beta: Tensor) -> Tensor:
     """The same on small matrices, row after row, with the batch as the innermost axis."""
-    n, C, _ = L.shape
-    L = -L.permute(1, 2, 0).contiguous()
-    X = L.new_zeros(C, C, n)
-    X.diagonal().fill_(1)
+    n, C, _ = W.shape
+    W = -W.permute(1, 2, 0).contiguous()
+    step, N = W * beta.permute(2, 1, 0), W.new_zeros(C, C, n)
     for i in range(1, C):
-        torch.sum(L[i, :i, None] * X[:i, :i], 0, out=X[i, :i])
-    return X.permute(2, 0, 1).contiguous()
+        torch.sum(step[i, :i, None] * N[:i, :i], 0, out=N[i, :i]).add_(W[i, :i])
+    return N.permute(2, 0, 1).contiguous()
 
 
 class Tokens(NamedTuple):

@@ -9,19 +9,19 @@ from .common import decays, load_norm, load_tokens, load_tokens_across
 
 @triton.jit(do_not_specialize=["T"])
 def states_kernel(
-    p_q, p_k, p_v, p_do, p_A, p_P, p_G, p_b, p_norm_q, p_norm_k, p_first, p_dfinal,
-    p_U, p_S, p_dR, p_dS, p_dfirst,
+    p_q, p_k, p_v, p_do, p_N, p_P, p_G, p_b, p_norm_q, p_norm_k, p_first, p_dfinal,
+    p_E, p_S, p_dR, p_dS, p_dfirst,
     T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SCALE: tl.constexpr, L2: tl.constexpr, FIRST: tl.constexpr, DFINAL: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Half 0 runs the state forward and keeps U and S at chunk starts; half 1, which does not depend on it,
+    """Half 0 runs the state forward and keeps E and S at chunk starts; half 1, which does not depend on it,
     runs the gradient of the state backward and keeps dR and dS at chunk ends. Grid (V / BV, B * H, 2).
     """
     i_v, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    N = tl.cdiv(T, C)
+    steps = tl.cdiv(T, C)
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     o_cc = o_c[:, None] * C + o_c[None, :]
@@ -32,97 +32,99 @@ def states_kernel(
         S = tl.zeros([BK, BV], ACC)
         if FIRST:
             S += tl.load(p_first + i_bh * K * V + o_kv, mask=m_kv, other=0.0)
-        for i_c in range(0, N):
+        for i_c in range(0, steps):
             rest = T - i_c * C
-            rows = i_bh * N * C + i_c * C
+            rows = (i_bh * steps + i_c) * C
             tokens = (i_b * T + i_c * C) * H + i_h
             k = load_tokens(p_k + tokens * K, o_c, o_k, rest, H, K)
             v = load_tokens(p_v + tokens * V, o_c, o_v, rest, H, V)
-            A = tl.load(p_A + rows * C + o_cc)
+            N = tl.load(p_N + rows * C + o_cc)
             G = tl.load(p_G + rows + o_c)
             beta = tl.load(p_b + rows + o_c)
             G_end = tl.load(p_G + rows + C - 1)
             norm_k = load_norm(p_norm_k + rows, o_c, L2, ACC)
-            tail = tl.exp2(G_end - G) * norm_k
+            tail = tl.exp2((G_end - G).to(ACC)) * norm_k
             held = narrow(S, DTYPE)
-            tl.store(p_S + (i_bh * N + i_c) * K * V + o_kv, held, mask=m_kv)
-            erased = dot(k, held, DTYPE, PRECISION, ACC) * (tl.exp2(G) * norm_k)[:, None]
-            U = dot(A, (v.to(ACC) - erased) * beta[:, None], DTYPE, PRECISION, ACC)
-            tl.store(p_U + rows * V + o_cv, narrow(U, DTYPE), mask=m_v)
-            S = S * tl.exp2(G_end) + dot(tl.trans(k), U * tail[:, None], DTYPE, PRECISION, ACC)
+            tl.store(p_S + (i_bh * steps + i_c) * K * V + o_kv, held, mask=m_kv)
+            gamma = tl.exp2(G.to(ACC)) * norm_k
+            error = v.to(ACC) - dot(k, held, DTYPE, PRECISION, ACC) * gamma[:, None]
+            error += dot(N, error * beta[:, None], DTYPE, PRECISION, ACC)
+            tl.store(p_E + rows * V + o_cv, narrow(error, DTYPE), mask=m_v)
+            S = S * tl.exp2(G_end.to(ACC))
+            S += dot(tl.trans(k), error * (beta * tail)[:, None], DTYPE, PRECISION, ACC)
     else:
         dS = tl.zeros([BK, BV], ACC)
         if DFINAL:
             dS += tl.load(p_dfinal + i_bh * K * V + o_kv, mask=m_kv, other=0.0)
-        for i_r in range(0, N):
-            i_c = N - 1 - i_r
+        for i_r in range(0, steps):
+            i_c = steps - 1 - i_r
             rest = T - i_c * C
-            rows = i_bh * N * C + i_c * C
+            rows = (i_bh * steps + i_c) * C
             tokens = (i_b * T + i_c * C) * H + i_h
             k = load_tokens(p_k + tokens * K, o_c, o_k, rest, H, K)
             q = load_tokens(p_q + tokens * K, o_c, o_k, rest, H, K)
             do = load_tokens(p_do + tokens * V, o_c, o_v, rest, H, V)
-            A = tl.load(p_A + rows * C + o_cc)
+            N = tl.load(p_N + rows * C + o_cc)
             P = tl.load(p_P + rows * C + o_cc)
             G = tl.load(p_G + rows + o_c)
             beta = tl.load(p_b + rows + o_c)
-            G_end = tl.load(p_G + rows + C - 1)
-            norm_k, norm_q = (
-                load_norm(p_norm_k + rows, o_c, L2, ACC),
-                load_norm(p_norm_q + rows, o_c, L2, ACC),
-            )
-            gamma, tail = tl.exp2(G), tl.exp2(G_end - G) * norm_k
+            G_first, G_end = tl.load(p_G + rows), tl.load(p_G + rows + C - 1)
+            norm_k = load_norm(p_norm_k + rows, o_c, L2, ACC)
+            norm_q = load_norm(p_norm_q + rows, o_c, L2, ACC)
+            # From the first token on: its share must not vanish in 16 bits under a strong decay before it.
+            gamma, tail = tl.exp2((G - G_first).to(ACC)), tl.exp2((G_end - G).to(ACC)) * norm_k
             held = narrow(dS, DTYPE)
-            tl.store(p_dS + (i_bh * N + i_c) * K * V + o_kv, held, mask=m_kv)
+            tl.store(p_dS + (i_bh * steps + i_c) * K * V + o_kv, held, mask=m_kv)
             dU = dot(k, held, DTYPE, PRECISION, ACC) * tail[:, None]
             dU += dot(tl.trans(P), do, DTYPE, PRECISION, ACC)
-            dR = dot(tl.trans(A), dU, DTYPE, PRECISION, ACC)
+            dR = dU + dot(tl.trans(N), dU * beta[:, None], DTYPE, PRECISION, ACC)
             tl.store(p_dR + rows * V + o_cv, narrow(dR, DTYPE), mask=m_v)
-            dS = dS * tl.exp2(G_end)
+            dS *= tl.exp2((G_end - G_first).to(ACC))
             dS += dot(tl.trans(q), do.to(ACC) * (gamma * norm_q * SCALE)[:, None], DTYPE, PRECISION, ACC)
             dS -= dot(tl.trans(k), dR * (gamma * norm_k * beta)[:, None], DTYPE, PRECISION, ACC)
+            dS *= tl.exp2(G_first.to(ACC))
         tl.store(p_dfirst + i_bh * K * V + o_kv, dS, mask=m_kv)
 
 
 @triton.jit(do_not_specialize=["T"])
 def inputs_kernel(
-    p_q, p_k, p_v, p_do, p_P, p_G, p_b, p_norm_q, p_norm_k, p_U, p_S, p_dR, p_dS,
+    p_q, p_k, p_do, p_P, p_G, p_b, p_norm_q, p_norm_k, p_E, p_S, p_dR, p_dS,
     p_dq, p_dk, p_dv, p_dg_q, p_dg_k, p_dbeta,
     T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SCALE: tl.constexpr, L2: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk, given U, dR and both boundary states: role 0 dq, role 1 dk, dv, dbeta; each
+    """Gradients of one chunk, given E, dR and both boundary states: role 0 dq, role 1 dk, dv, dbeta; each
     role has its share of dg. Keys go by in blocks of BK, gradients are held across ([BK, C]), so that no
     accumulator is transposed or fed to a product from registers. Grid (N, B * H, 2).
     """
     i_c, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    N = tl.cdiv(T, C)
+    steps = tl.cdiv(T, C)
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     o_c, o_v = tl.arange(0, C), tl.arange(0, BV)
     rest = T - i_c * C
-    rows = i_bh * N * C + i_c * C
+    rows = (i_bh * steps + i_c) * C
     tokens = (i_b * T + i_c * C) * H + i_h
     m_t = o_c < rest
-    p_S += (i_bh * N + i_c) * K * V
-    p_dS += (i_bh * N + i_c) * K * V
+    p_S += (i_bh * steps + i_c) * K * V
+    p_dS += (i_bh * steps + i_c) * K * V
     o_cv = rows * V + o_c[:, None] * V + o_v[None, :]
     m_v = (o_v < V)[None, :]
     G = tl.load(p_G + rows + o_c)
     beta = tl.load(p_b + rows + o_c)
-    gamma = tl.exp2(G)
+    gamma = tl.exp2(G.to(ACC))
     norm_k, norm_q = load_norm(p_norm_k + rows, o_c, L2, ACC), load_norm(p_norm_q + rows, o_c, L2, ACC)
     do = load_tokens(p_do + tokens * V, o_c, o_v, rest, H, V)
-    U = tl.load(p_U + o_cv, mask=m_v, other=0.0)
+    error = tl.load(p_E + o_cv, mask=m_v, other=0.0)  # the write is U = beta E
     dG = tl.zeros([C], ACC)
 
     if tl.program_id(2) == 0:
         P_across = tl.load(p_P + rows * C + o_c[None, :] * C + o_c[:, None])
-        E_across = dot(U, tl.trans(do), DTYPE, PRECISION, ACC)
-        W = tl.where(o_c[None, :] > o_c[:, None], E_across * P_across.to(ACC), 0.0)
-        dG += tl.sum(W, 0) - tl.sum(W, 1)
-        E_across *= decays(G[None, :], G[:, None], o_c[None, :] >= o_c[:, None])
+        E_across = dot(error, tl.trans(do), DTYPE, PRECISION, ACC) * beta[:, None]
+        within = tl.where(o_c[None, :] > o_c[:, None], E_across * P_across.to(ACC), 0.0)
+        dG += tl.sum(within, 0) - tl.sum(within, 1)
+        E_across *= decays(G[None, :], G[:, None], o_c[None, :] >= o_c[:, None], ACC)
         E_across = narrow(E_across * (norm_k * SCALE)[:, None], DTYPE)
         for i_k in range(0, tl.cdiv(K, BK)):
             o_k = i_k * BK + tl.arange(0, BK)
@@ -139,17 +141,16 @@ def inputs_kernel(
     else:
         lower, upper = o_c[:, None] > o_c[None, :], o_c[:, None] < o_c[None, :]
         G_end = tl.load(p_G + rows + C - 1)
-        tail = tl.exp2(G_end - G)
+        tail = tl.exp2((G_end - G).to(ACC)) * beta
         dR = tl.load(p_dR + o_cv, mask=m_v, other=0.0)
-        E = dot(do, tl.trans(U), DTYPE, PRECISION, ACC) * decays(
-            G[:, None], G[None, :], o_c[:, None] >= o_c[None, :]
-        )
-        E = narrow(E * (norm_q * SCALE)[:, None], DTYPE)
-        M = -dot(dR, tl.trans(U), DTYPE, PRECISION, ACC) * decays(G[:, None], G[None, :], lower)
-        M_across = -dot(U, tl.trans(dR), DTYPE, PRECISION, ACC) * decays(G[None, :], G[:, None], upper)
-        Z = narrow((M * beta[:, None] + M_across * beta[None, :]) * norm_k[:, None], DTYPE)
+        E = dot(do, tl.trans(error), DTYPE, PRECISION, ACC) * (norm_q * SCALE)[:, None] * beta[None, :]
+        E = narrow(E * decays(G[:, None], G[None, :], o_c[:, None] >= o_c[None, :], ACC), DTYPE)
+        M = -dot(dR, tl.trans(error), DTYPE, PRECISION, ACC) * beta[:, None] * beta[None, :]
+        M *= decays(G[:, None], G[None, :], lower, ACC)
+        M_across = -dot(error, tl.trans(dR), DTYPE, PRECISION, ACC) * beta[:, None] * beta[None, :]
+        M_across *= decays(G[None, :], G[:, None], upper, ACC)
+        Z = narrow((M + M_across) * norm_k[:, None], DTYPE)
         kk = tl.zeros([C, C], ACC)
-        dbeta = tl.zeros([C], ACC)
         kept, end = tl.zeros([C], ACC), tl.zeros([BK], ACC)
         for i_k in range(0, tl.cdiv(K, BK)):
             o_k = i_k * BK + tl.arange(0, BK)
@@ -159,30 +160,24 @@ def inputs_kernel(
             S = tl.load(p_S + o_k[:, None] * V + o_v[None, :], mask=m_k & m_v, other=0.0)
             dS = tl.load(p_dS + o_k[:, None] * V + o_v[None, :], mask=m_k & m_v, other=0.0)
             kk += dot(tl.trans(k), k, DTYPE, PRECISION, ACC)
-            from_r = dot(S, tl.trans(dR), DTYPE, PRECISION, ACC) * gamma[None, :]
-            to_state = dot(dS, tl.trans(U), DTYPE, PRECISION, ACC) * tail[None, :]
-            kr = tl.sum(k.to(ACC) * from_r, 0) * norm_k
+            from_r = dot(S, tl.trans(dR), DTYPE, PRECISION, ACC) * (gamma * beta)[None, :]
+            to_state = dot(dS, tl.trans(error), DTYPE, PRECISION, ACC) * tail[None, :]
             ks = tl.sum(k.to(ACC) * to_state, 0) * norm_k
-            dbeta -= kr
-            dG -= beta * kr + ks
+            dG -= tl.sum(k.to(ACC) * from_r, 0) * norm_k + ks
             kept += ks
             end += tl.sum(S.to(ACC) * dS.to(ACC), 1)
-            dk = to_state - from_r * beta[None, :]
+            dk = to_state - from_r
             dk += dot(q, E, DTYPE, PRECISION, ACC)
             dk += dot(k, Z, DTYPE, PRECISION, ACC)
             p = p_dk + tokens * K + o_c[None, :] * (H * K) + o_k[:, None]
             tl.store(p, narrow(dk, p_dk.dtype.element_ty), mask=m_k & m_t[None, :])
         M *= kk * norm_k[:, None] * norm_k[None, :]
-        dG += tl.where(o_c == C - 1, tl.sum(end, 0) * tl.exp2(G_end) + tl.sum(kept, 0), 0.0)
-        dbeta += tl.sum(M, 1)
-        M *= beta[:, None]
+        dG += tl.where(o_c == C - 1, tl.sum(end, 0) * tl.exp2(G_end.to(ACC)) + tl.sum(kept, 0), 0.0)
         dG += tl.sum(M, 1) - tl.sum(M, 0)
         dR = dR.to(ACC)
-        v = load_tokens(p_v + tokens * V, o_c, o_v, rest, H, V)
-        dbeta += tl.sum(dR * v.to(ACC), 1)
         p = p_dv + tokens * V + o_c[:, None] * (H * V) + o_v[None, :]
         tl.store(p, narrow(dR * beta[:, None], DTYPE), mask=m_t[:, None] & m_v)
-        tl.store(p_dbeta + tokens + o_c * H, dbeta, mask=m_t)
+        tl.store(p_dbeta + tokens + o_c * H, tl.sum(dR * error.to(ACC), 1), mask=m_t)
         tl.store(p_dg_k + tokens + o_c * H, tl.cumsum(dG, 0, reverse=True), mask=m_t)
 
 

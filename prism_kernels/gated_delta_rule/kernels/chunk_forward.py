@@ -4,14 +4,7 @@ import triton
 import triton.language as tl
 
 from ..._core.tl_math import dot, narrow
-from .common import LOG2E, decays, load_norm, load_tokens, unit_lower_inverse
-
-
-@triton.jit
-def head_rows(p_k, p_q, i_b, i_h, i_c, T, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
-    """Pointers to the first token of a chunk of one head."""
-    offset = ((i_b * T + i_c * C) * H + i_h) * K
-    return p_k + offset, p_q + offset
+from .common import LOG2E, coupling, coupling_step, decays, load_norm, load_tokens
 
 
 @triton.jit
@@ -26,17 +19,17 @@ def load_rows(p, o_t, o_k, rest, H: tl.constexpr, K: tl.constexpr, L2: tl.conste
 
 
 @triton.jit
-def block_pair(q, k_to, k_from, D, norm_q, norm_k, norm_from, beta, DTYPE: tl.constexpr,
+def block_pair(q, k_to, k_from, D, norm_q, norm_k, norm_from, DTYPE: tl.constexpr,
                PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """One block of L (its caller masks the diagonal) and of P."""
+    """One block of W (with a diagonal that its user masks) and of P."""
     D *= norm_from[None, :]
-    L = dot(k_to, tl.trans(k_from), DTYPE, PRECISION, ACC) * D * (beta * norm_k)[:, None]
+    W = dot(k_to, tl.trans(k_from), DTYPE, PRECISION, ACC) * D * norm_k[:, None]
     P = dot(q, tl.trans(k_from), DTYPE, PRECISION, ACC) * D * norm_q[:, None]
-    return L, P
+    return W, P
 
 
 @triton.jit
-def store_gates(p_G, p_b, p_norm_q, p_norm_k, o, G, beta, norm_q, norm_k, L2: tl.constexpr):
+def store_tokens(p_G, p_b, p_norm_q, p_norm_k, o, G, beta, norm_q, norm_k, L2: tl.constexpr):
     """Per-token numbers of one head, laid out per head."""
     tl.store(p_G + o, G)
     tl.store(p_b + o, beta)
@@ -48,69 +41,68 @@ def store_gates(p_G, p_b, p_norm_q, p_norm_k, o, G, beta, norm_q, norm_k, L2: tl
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     p_q, p_k, p_g, p_beta,
-    p_A, p_P, p_G, p_b, p_norm_q, p_norm_k,
+    p_N, p_P, p_G, p_b, p_norm_q, p_norm_k,
     T,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     HALF: tl.constexpr, LOG_HALF: tl.constexpr, SCALE: tl.constexpr, L2: tl.constexpr,
     INVERSE: tl.constexpr, INVERSE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Per chunk: A = (I + L)^-1, P = scale tril(Q K^T * D), G, beta and norms per head. Grid (N, B * H).
-
-    A chunk of 64 is two halves and the corner between them, for shorter products; others are one block.
+    """Per chunk: N = -W (I + diag(beta) W)^-1 with W = stril(K K^T * D), P = scale tril(Q K^T * D), and G,
+    beta and norms per head. A chunk of 64 is two halves and the corner between them, for shorter products;
+    others are one block. Grid (N, B * H).
     """
     i_c, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    N = tl.cdiv(T, C)
     DTYPE: tl.constexpr = p_q.dtype.element_ty
+    GACC: tl.constexpr = p_G.dtype.element_ty
     o_c, o_k = tl.arange(0, HALF), tl.arange(0, BK)
     rest = T - i_c * C
-    rows = i_bh * N * C + i_c * C
-    p_k, p_q = head_rows(p_k, p_q, i_b, i_h, i_c, T, H, K, C)
-    p_g += (i_b * T + i_c * C) * H + i_h
-    p_beta += (i_b * T + i_c * C) * H + i_h
-    p_A += rows * C
-    p_P += rows * C
+    rows = (i_bh * tl.cdiv(T, C) + i_c) * C
+    tokens = (i_b * T + i_c * C) * H + i_h
+    p_k += tokens * K
+    p_q += tokens * K
+    p_g += tokens
+    p_beta += tokens
     m_read = o_c[:, None] >= o_c[None, :]
-    o_cc = o_c[:, None] * C + o_c[None, :]
+    o_cc = rows * C + o_c[:, None] * C + o_c[None, :]
 
     k1, norm_k1 = load_rows(p_k, o_c, o_k, rest, H, K, L2, ACC)
     q1, norm_q1 = load_rows(p_q, o_c, o_k, rest, H, K, L2, ACC)
     beta1 = tl.load(p_beta + o_c * H, mask=o_c < rest, other=0.0)
-    G1 = tl.cumsum(tl.load(p_g + o_c * H, mask=o_c < rest, other=0.0).to(ACC) * LOG2E, 0)
-    D = decays(G1[:, None], G1[None, :], m_read)
-    L11, P11 = block_pair(q1, k1, k1, D, norm_q1 * SCALE, norm_k1, norm_k1, beta1, DTYPE, PRECISION, ACC)
+    G1 = tl.cumsum(tl.load(p_g + o_c * H, mask=o_c < rest, other=0.0).to(GACC) * LOG2E, 0)
+    D = decays(G1[:, None], G1[None, :], m_read, ACC)
+    W11, P11 = block_pair(q1, k1, k1, D, norm_q1 * SCALE, norm_k1, norm_k1, DTYPE, PRECISION, ACC)
     tl.store(p_P + o_cc, narrow(P11, DTYPE))
-    store_gates(p_G, p_b, p_norm_q, p_norm_k, rows + o_c, G1, beta1, norm_q1, norm_k1, L2)
+    store_tokens(p_G, p_b, p_norm_q, p_norm_k, rows + o_c, G1, beta1, norm_q1, norm_k1, L2)
     if HALF < C:
         o_d = o_c + HALF
         k2, norm_k2 = load_rows(p_k, o_d, o_k, rest, H, K, L2, ACC)
         q2, norm_q2 = load_rows(p_q, o_d, o_k, rest, H, K, L2, ACC)
         beta2 = tl.load(p_beta + o_d * H, mask=o_d < rest, other=0.0)
-        g2 = tl.load(p_g + o_d * H, mask=o_d < rest, other=0.0).to(ACC) * LOG2E
+        g2 = tl.load(p_g + o_d * H, mask=o_d < rest, other=0.0).to(GACC) * LOG2E
         G2 = tl.cumsum(g2, 0) + tl.min(G1, 0)
-        D = decays(G2[:, None], G1[None, :], m_read | (o_c[None, :] >= 0))
-        L21, P21 = block_pair(q2, k2, k1, D, norm_q2 * SCALE, norm_k2, norm_k1, beta2, DTYPE, PRECISION, ACC)
-        D = decays(G2[:, None], G2[None, :], m_read)
-        L22, P22 = block_pair(q2, k2, k2, D, norm_q2 * SCALE, norm_k2, norm_k2, beta2, DTYPE, PRECISION, ACC)
+        D = decays(G2[:, None], G1[None, :], m_read | (o_c[None, :] >= 0), ACC)
+        W21, P21 = block_pair(q2, k2, k1, D, norm_q2 * SCALE, norm_k2, norm_k1, DTYPE, PRECISION, ACC)
+        D = decays(G2[:, None], G2[None, :], m_read, ACC)
+        W22, P22 = block_pair(q2, k2, k2, D, norm_q2 * SCALE, norm_k2, norm_k2, DTYPE, PRECISION, ACC)
         tl.store(p_P + o_cc + HALF, tl.zeros([HALF, HALF], DTYPE))
         tl.store(p_P + o_cc + HALF * C, narrow(P21, DTYPE))
         tl.store(p_P + o_cc + HALF * C + HALF, narrow(P22, DTYPE))
-        store_gates(p_G, p_b, p_norm_q, p_norm_k, rows + o_d, G2, beta2, norm_q2, norm_k2, L2)
+        store_tokens(p_G, p_b, p_norm_q, p_norm_k, rows + o_d, G2, beta2, norm_q2, norm_k2, L2)
 
-    A11 = unit_lower_inverse(L11, HALF, LOG_HALF, INVERSE, INVERSE_PRECISION, ACC)
-    tl.store(p_A + o_cc, narrow(A11, DTYPE))
+    N11 = coupling(W11, beta1, HALF, LOG_HALF, INVERSE, INVERSE_PRECISION, ACC)
+    tl.store(p_N + o_cc, narrow(N11, DTYPE))
     if HALF < C:
-        A22 = unit_lower_inverse(L22, HALF, LOG_HALF, INVERSE, INVERSE_PRECISION, ACC)
-        corner = dot(A22, L21, INVERSE, INVERSE_PRECISION, ACC)
-        A21 = -dot(corner, A11, INVERSE, INVERSE_PRECISION, ACC)
-        tl.store(p_A + o_cc + HALF, tl.zeros([HALF, HALF], DTYPE))
-        tl.store(p_A + o_cc + HALF * C, narrow(A21, DTYPE))
-        tl.store(p_A + o_cc + HALF * C + HALF, narrow(A22, DTYPE))
+        N22 = coupling(W22, beta2, HALF, LOG_HALF, INVERSE, INVERSE_PRECISION, ACC)
+        N21 = coupling_step(N22, W21, N11, beta2, beta1, HALF, INVERSE, INVERSE_PRECISION, ACC)
+        tl.store(p_N + o_cc + HALF, tl.zeros([HALF, HALF], DTYPE))
+        tl.store(p_N + o_cc + HALF * C, narrow(N21, DTYPE))
+        tl.store(p_N + o_cc + HALF * C + HALF, narrow(N22, DTYPE))
 
 
 @triton.jit(do_not_specialize=["T"])
 def scan_kernel(
-    p_q, p_k, p_v, p_A, p_P, p_G, p_b, p_norm_q, p_norm_k, p_first,
+    p_q, p_k, p_v, p_N, p_P, p_G, p_b, p_norm_q, p_norm_k, p_first,
     p_o, p_final,
     T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -119,7 +111,7 @@ def scan_kernel(
     """Outputs and final state; the state [BK, BV] stays in registers. Grid (V / BV, B * H)."""
     i_v, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    N = tl.cdiv(T, C)
+    steps = tl.cdiv(T, C)
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     o_cc = o_c[:, None] * C + o_c[None, :]
@@ -129,26 +121,27 @@ def scan_kernel(
     if FIRST:
         S += tl.load(p_first + o_state, mask=m_state, other=0.0)
 
-    for i_c in range(0, N):
+    for i_c in range(0, steps):
         rest = T - i_c * C
-        rows = i_bh * N * C + i_c * C
+        rows = (i_bh * steps + i_c) * C
         tokens = (i_b * T + i_c * C) * H + i_h
         k = load_tokens(p_k + tokens * K, o_c, o_k, rest, H, K)
         q = load_tokens(p_q + tokens * K, o_c, o_k, rest, H, K)
         v = load_tokens(p_v + tokens * V, o_c, o_v, rest, H, V)
-        A = tl.load(p_A + rows * C + o_cc)
+        N = tl.load(p_N + rows * C + o_cc)
         P = tl.load(p_P + rows * C + o_cc)
         G = tl.load(p_G + rows + o_c)
         beta = tl.load(p_b + rows + o_c)
         G_end = tl.load(p_G + rows + C - 1)
         norm_k, norm_q = load_norm(p_norm_k + rows, o_c, L2, ACC), load_norm(p_norm_q + rows, o_c, L2, ACC)
-        gamma, tail = tl.exp2(G), tl.exp2(G_end - G) * norm_k
+        gamma, tail = tl.exp2(G.to(ACC)), tl.exp2((G_end - G).to(ACC)) * norm_k
         held = narrow(S, DTYPE)
-        R = (v.to(ACC) - (gamma * norm_k)[:, None] * dot(k, held, DTYPE, PRECISION, ACC)) * beta[:, None]
+        error = v.to(ACC) - (gamma * norm_k)[:, None] * dot(k, held, DTYPE, PRECISION, ACC)
         o = dot(q, held, DTYPE, PRECISION, ACC) * (gamma * norm_q * SCALE)[:, None]
-        U = dot(A, R, DTYPE, PRECISION, ACC)
+        error += dot(N, error * beta[:, None], DTYPE, PRECISION, ACC)
+        U = error * beta[:, None]
         o += dot(P, U, DTYPE, PRECISION, ACC)
-        S = S * tl.exp2(G_end) + dot(tl.trans(k), U * tail[:, None], DTYPE, PRECISION, ACC)
+        S = S * tl.exp2(G_end.to(ACC)) + dot(tl.trans(k), U * tail[:, None], DTYPE, PRECISION, ACC)
         m_o = (o_c < rest)[:, None] & (o_v < V)[None, :]
         tl.store(p_o + tokens * V + o_c[:, None] * (H * V) + o_v[None, :], narrow(o, DTYPE), mask=m_o)
     tl.store(p_final + o_state, S, mask=m_state)

@@ -41,21 +41,33 @@ def load_norm(p, o_t, L2: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def decays(G_to, G_from, m):
+def decays(G_to, G_from, m, ACC: tl.constexpr):
     """2 ** (G_to - G_from) where `m`, else 0; the exponent is capped at 0 before the exponential."""
-    return tl.where(m, tl.exp2(tl.minimum(G_to - G_from, 0.0)), 0.0)
+    return tl.where(m, tl.exp2(tl.minimum(G_to - G_from, 0.0).to(ACC)), 0.0)
 
 
 @triton.jit
-def unit_lower_inverse(
-    L, C: tl.constexpr, LOG_C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
-):
-    """(I + L)^-1 of strictly lower L [C, C]: the diagonal blocks of 1, 2, 4, ... rows, all at once."""
+def coupling_step(
+    N_to, W, N_from, beta_to, beta_from, C: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """-(I + N_to beta) W (I + beta N_from): what a block of W adds to N between two solved blocks."""
+    o = tl.arange(0, C)
+    identity = tl.where(o[:, None] == o[None, :], 1.0, 0.0).to(ACC)
+    left = dot(identity + N_to * beta_to[None, :], W, DTYPE, PRECISION, ACC)
+    return -dot(left, identity + beta_from[:, None] * N_from, DTYPE, PRECISION, ACC)
+
+
+@triton.jit
+def coupling(
+    W, beta, C: tl.constexpr, LOG_C: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """N = -W (I + diag(beta) W)^-1 of the strictly lower part of W [C, C]: blocks of 1, 2, 4, ... rows."""
     o = tl.arange(0, C)
     i, j = o[:, None], o[None, :]
-    X = tl.where(i == j, 1.0, 0.0).to(ACC) - tl.where((i // 2 == j // 2) & (i > j), L, 0.0)
+    N = tl.where((i // 2 == j // 2) & (i > j), -W, 0.0)
     for level in tl.static_range(1, LOG_C):
         corner = (i // (2 << level) == j // (2 << level)) & (i // (1 << level) > j // (1 << level))
-        step = dot(X, tl.where(corner, L, 0.0), DTYPE, PRECISION, ACC)
-        X -= dot(step, X, DTYPE, PRECISION, ACC)
-    return X
+        N += coupling_step(N, tl.where(corner, W, 0.0), N, beta, beta, C, DTYPE, PRECISION, ACC)
+    return N
