@@ -65,15 +65,19 @@ def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: T
         etas[k] += carried[k]
 
     du = mixing(f).transpose(-1, -2) @ g_c + flat(f.F) @ flat(etas[1:]).transpose(-1, -2)
-    dM = (g_c @ u_c.transpose(-1, -2)).tril_()
+    # the diagonal of M does not depend on the decay: kept apart, it cannot spoil small gradients of it
+    dM = g_c @ u_c.transpose(-1, -2)
+    own = dM.diagonal(0, -2, -1)[..., None] * p.kappa
+    dM = dM.tril(-1)
     dG = unflat(dM @ flat(f.K) + g_c @ flat(states[:-1]), f.G)
     dK = unflat(dM.transpose(-1, -2) @ flat(f.G), f.G)
     dF = unflat(u_c @ flat(etas[1:]), f.G)
 
     dC = dG.mul_(conj(f.Q)).mul_(p.kappa)
-    dW_inside, dW_end = dK.mul_(f.Q_inverse), dF.mul_(f.L)
-    dW = dW_inside + dW_end
     since = f.C * conj(dC)
+    dC += own * conj(f.W)
+    dW_inside, dW_end = dK.mul_(f.Q_inverse), dF.mul_(f.L)
+    dW = (dW_inside + dW_end).add_(own * f.C)
     since -= dW_inside.mul_(f.W)
     until = dW_end.mul_(f.W)
     at_start = (carried * conj(states[:-1])).sum(-2)[..., None, :]

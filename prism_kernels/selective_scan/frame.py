@@ -111,12 +111,6 @@ def skip(D: Tensor, H: int, wide: torch.dtype) -> Tensor:
     return D.to(wide).reshape(H, -1)
 
 
-def silu_slope(z: Tensor) -> Tensor:
-    """Derivative of SiLU."""
-    s = torch.sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
 def check_values(
     op: str,
     u: Tensor,

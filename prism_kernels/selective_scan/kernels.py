@@ -22,21 +22,38 @@ def times_conj(a_r, a_i, b_r, b_i):
 
 @triton.jit
 def inverse(A_r, A_i):
-    """1 / A, and 0 where A vanishes; third, where it vanishes."""
+    """1 / A, and 0 where A vanishes; third, where it vanishes. In float64: its error meets every token."""
     vanishing = (tl.abs(A_r) < 1e-20) & (tl.abs(A_i) < 1e-20)
-    largest = tl.where(vanishing, 1.0, tl.maximum(tl.abs(A_r), tl.abs(A_i)))
-    r, i = A_r / largest, A_i / largest
-    norm = tl.where(vanishing, 1.0, (r * r + i * i) * largest)
-    return tl.where(vanishing, 0.0, r / norm), tl.where(vanishing, 0.0, -i / norm), vanishing
+    r = A_r.to(tl.float64)
+    i = A_i.to(tl.float64)
+    norm = tl.where(vanishing, 1.0, r * r + i * i)
+    inv_r = tl.where(vanishing, 0.0, r / norm).to(A_r.dtype)
+    return inv_r, tl.where(vanishing, 0.0, -i / norm).to(A_r.dtype), vanishing
 
 
 @triton.jit
-def expm1(x, e, TERMS: tl.constexpr):
-    """exp(x) - 1, accurate near 0 too; e is exp(x)."""
+def growth(x, TERMS: tl.constexpr):
+    """exp(x) and exp(x) - 1, both to rounding, for x <= 0 (at most 88).
+
+    With x = k log 2 + r, one series for exp(r) - 1 gives both. (tl.exp is off by several units in the
+    last place, and its error has a sign, which a recurrence adds up.)
+    """
+    near = tl.abs(x) < 0.35
+    k = tl.minimum(tl.maximum(tl.floor(x * 1.4426950408889634 + 0.5), -126.0), 127.0)
+    if x.dtype == tl.float64:
+        r = tl.where(near, x, 0.0)
+    else:
+        r = (x - k * 0.693359375) + k * 2.12194440e-4
     series = tl.full(x.shape, 1.0, x.dtype)
-    for k in tl.static_range(TERMS, 1, -1):
-        series = 1.0 + x * series * (1.0 / k)
-    return tl.where(tl.abs(x) < 0.35, x * series, e - 1.0)
+    for i in tl.static_range(TERMS, 1, -1):
+        series = 1.0 + r * series * (1.0 / i)
+    rise = r * series
+    if x.dtype == tl.float64:
+        e = tl.exp(x)
+        return e, tl.where(near, rise, e - 1.0)
+    power = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    gone = x < -87.0
+    return tl.where(gone, 0.0, power + power * rise), tl.where(gone, -1.0, power * rise + (power - 1.0))
 
 
 @triton.jit
@@ -55,8 +72,10 @@ def rotation(y):
     q = turns - 4.0 * tl.floor(turns * 0.25)
     z = r * r
     sin = r + r * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
-    versine = z * (0.5 + z * (-1 / 24 + z * (1 / 720 + z * (-1 / 40320 + z * (1 / 3628800)))))
-    cos = 1.0 - versine
+    rest = z * z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320 + z * (-1 / 3628800))))
+    lead = 1.0 - 0.5 * z
+    cos = lead + (((1.0 - lead) - 0.5 * z) + rest)
+    versine = 0.5 * z - rest
     odd = (q == 1.0) | (q == 3.0)
     s = tl.where(odd, cos, sin)
     c = tl.where(odd, sin, cos)
@@ -69,10 +88,10 @@ def rotation(y):
 def discretise(dt, A_r, A_i, inv_r, inv_i, vanishing, EXPM1_TERMS: tl.constexpr):
     """a = exp(dt A) and w = (a - 1) / A, with a numerator exact to rounding in norm; w = dt where A = 0."""
     x = dt * A_r
-    gain = tl.exp(x)
+    gain, rise = growth(x, EXPM1_TERMS)
     sin, cos, versine = rotation(dt * A_i)
     a_i = gain * sin
-    w_r, w_i = times(expm1(x, gain, EXPM1_TERMS) * cos - versine, a_i, inv_r, inv_i)
+    w_r, w_i = times(rise * cos - versine, a_i, inv_r, inv_i)
     return gain * cos, a_i, tl.where(vanishing, dt, w_r), w_i
 
 

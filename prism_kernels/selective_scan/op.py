@@ -107,7 +107,7 @@ def selective_scan_bwd(
         g, dz = dy.to(wide), None
         if z is not None:
             gate, dz = z[:, :total].to(wide), torch.zeros_like(z)
-            dz[:, :total] = g[:, :total] * ungated[:, :total] * frame.silu_slope(gate)
+            dz[:, :total] = torch.ops.aten.silu_backward(g[:, :total] * ungated[:, :total], gate)
             g = g[:, :total] * F.silu(gate)
         g = layout.arrange(g)
         if cu_seqlens is None:
@@ -119,7 +119,7 @@ def selective_scan_bwd(
         du, dD = d.u, None
         if D is not None:
             du = torch.addcmul(du, g, frame.skip(D, u.shape[2], wide))
-            dD = (g * scan.u).sum((0, 1))
+            dD = (g.double() * scan.u).sum((0, 1))
             dD = dD if D.ndim == 2 else dD.sum(-1)
         ddt = d.dt * -torch.expm1(-scan.dt) if dt_softplus else d.dt
         ddt = layout.restore(ddt)

@@ -61,7 +61,7 @@ def scan_reference(
                 w = step * phi1(step * A) if discretization == "zoh" else step
                 Bu = rounded(Bs[t], product_dtype) * rounded(us[t][..., None], product_dtype)
                 h = torch.exp(step * A) * h + w * Bu
-                y = (rounded(Cs[t], product_dtype).conj() * rounded(h, product_dtype)).sum(-1)
+                y = (torch.conj_physical(rounded(Cs[t], product_dtype)) * rounded(h, product_dtype)).sum(-1)
                 row.append(2 * y.real if A.is_complex() else y)
             rows += reversed(row) if reverse else row
             finals.append(h)

@@ -82,58 +82,58 @@ def draw_case(
 
 def static_cases(dtype: torch.dtype) -> list[Case]:
     make = partial(draw_case, Draw(0, dtype))
-    zero_pole = make("a pole at zero, and one beside it", (1, 5, 2, 4, 3))
+    zero_pole = make("a pole at zero, and one beside it", (1, 5, 4, 4, 4))
     A = zero_pole.tensors["A"].clone()
     A[:, 0], A[:, 1] = 0, torch.complex(torch.tensor(-1e-7), torch.tensor(1e-7))
-    packed = make("packed, empty sequences among them", (1, 11, 2, 4, 2), dt_softplus=True)
+    packed = make("packed, empty sequences among them", (1, 11, 4, 4, 6), dt_softplus=True)
     bounds = torch.tensor([0, 0, 6, 9, 9])
-    states = Draw(1, dtype).complex_normal(4, 2, 4, 2)
-    pairs = make("real pairs", (1, 4, 2, 4, 2))
+    states = Draw(1, dtype).complex_normal(4, 4, 4, 6)
+    pairs = make("real pairs", (1, 4, 4, 4, 5))
     in_pairs = {n: torch.view_as_real(pairs.tensors[n]) for n in ("A", "B", "C", "initial_state")}
-    oscillating = make("undamped poles", (1, 9, 1, 4, 3), hostile=True)
+    oscillating = make("undamped poles", (1, 9, 4, 4, 8), hostile=True)
     undamped = torch.complex(torch.zeros_like(oscillating.tensors["A"].real), oscillating.tensors["A"].imag)
     return [
-        make("a step size per head, with all there is", (2, 6, 2, 4, 3)),
-        make("one token", (2, 1, 2, 4, 3), dt_softplus=True),
-        make("a step size per channel, across two segments", (1, 67, 2, 1, 2), full=False),
-        make("read-out per channel, five channels", (1, 5, 1, 5, 3), weights=("head", "channel")),
+        make("a step size per head, with all there is", (2, 6, 4, 4, 8)),
+        make("one token", (2, 1, 4, 4, 8), dt_softplus=True),
+        make("a step size per channel, across two segments", (1, 67, 4, 1, 8), full=False),
+        make("read-out per channel, five channels", (1, 5, 4, 5, 3), weights=("head", "channel")),
         make(
-            "both per channel, no state given", (1, 6, 2, 2, 3), weights=("channel", "channel"), state=False
+            "both per channel, no state given", (1, 6, 4, 3, 7), weights=("channel", "channel"), state=False
         ),
-        make("chunk edge plus one, backward in time", (1, 17, 2, 4, 3), reverse=True, dt_softplus=True),
-        make("Euler", (1, 18, 2, 4, 3), discretization="euler"),
+        make("chunk edge plus one, backward in time", (1, 17, 4, 4, 8), reverse=True, dt_softplus=True),
+        make("Euler", (1, 18, 4, 4, 8), discretization="euler"),
         packed.with_tensors(initial_state=states, cu_seqlens=bounds),
         pairs.with_tensors(**in_pairs),
         zero_pole.with_tensors(A=A),
-        make("tiny steps", (1, 8, 2, 4, 3), steps=(1e-7, 1e-5), full=False, hostile=True),
-        make("huge steps", (1, 8, 2, 4, 3), steps=(1e1, 1e2), full=False, hostile=True),
-        make("tiny and huge steps by turns", (1, 18, 2, 4, 3), steps=(1e-6, 1e2), hostile=True),
+        make("tiny steps", (1, 11, 4, 4, 16), steps=(1e-7, 1e-5), full=False, hostile=True),
+        make("huge steps", (1, 8, 4, 4, 8), steps=(1e1, 1e2), full=False, hostile=True),
+        make("tiny and huge steps by turns", (1, 18, 4, 4, 8), steps=(1e-6, 1e2), hostile=True),
         oscillating.with_tensors(A=undamped),
     ]
 
 
 def token_cases(dtype: torch.dtype) -> list[Case]:
     make = partial(draw_case, Draw(2, dtype), weights=("token", "token"))
-    packed = make("packed", (1, 20, 2, 4, 2))
+    packed = make("packed", (1, 20, 4, 4, 6))
     grouped = make("real B and C in two groups", (2, 9, 4, 4, 2))
     groups = {"B": Draw(3, dtype).normal(2, 9, 2, 2), "C": Draw(6, dtype).normal(2, 9, 2, 2)}
     return [
-        make("complex B and C per token", (2, 9, 2, 4, 3)),
+        make("complex B and C per token", (2, 9, 4, 4, 8)),
         packed.with_tensors(
-            initial_state=Draw(4, dtype).complex_normal(2, 2, 4, 2), cu_seqlens=torch.tensor([0, 17, 19])
+            initial_state=Draw(4, dtype).complex_normal(2, 4, 4, 6), cu_seqlens=torch.tensor([0, 17, 19])
         ),
         grouped.with_tensors(**groups),
-        make("huge steps", (1, 17, 2, 4, 3), steps=(1e1, 1e2), full=False, hostile=True),
+        make("huge steps", (1, 17, 4, 4, 8), steps=(1e1, 1e2), full=False, hostile=True),
     ]
 
 
 def real_cases(dtype: torch.dtype) -> list[Case]:
     make = partial(draw_case, Draw(5, dtype), weights=("token", "token"), real=True, reverse=True)
     return [
-        make("channelwise, backward in time", (2, 9, 4, 1, 3)),
-        make("Euler, softplus", (1, 7, 4, 1, 3), discretization="euler", dt_softplus=True),
-        make("a step size per head", (1, 17, 2, 4, 3)),
-        make("huge steps", (1, 6, 4, 1, 3), steps=(1e1, 1e2), full=False, hostile=True),
+        make("channelwise, backward in time", (2, 9, 8, 1, 6)),
+        make("Euler, softplus", (1, 7, 8, 1, 6), discretization="euler", dt_softplus=True),
+        make("a step size per head", (1, 17, 2, 4, 8)),
+        make("huge steps", (1, 6, 8, 1, 6), steps=(1e1, 1e2), full=False, hostile=True),
     ]
 
 
