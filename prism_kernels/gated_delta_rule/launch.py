@@ -113,7 +113,8 @@ def chunk_backward(
     (B, T, H, K), V = q.shape, v.shape[3]
     N, P, G, (b, norm_q, norm_k) = unpacked(residuals, l2norm)
     steps, common = triton.cdiv(T, C), constants(q, v, scale, l2norm)
-    E, dR = (v.new_empty(B, H, steps * C, V) for _ in range(2))
+    parts = 2 if v.dtype.itemsize == 2 else 1
+    E, dR = (v.new_empty(parts, B, H, steps * C, V).expand(2, -1, -1, -1, -1) for _ in range(2))
     S, dS = (v.new_empty(B, H, steps, K, V) for _ in range(2))
     dfirst = g.new_empty(B, H, K, V)
     blocks = narrower(STATES, K, V, q.dtype)
@@ -122,7 +123,7 @@ def chunk_backward(
         (triton.cdiv(V, blocks["BV"]), B * H, 2),
         q, k, v, do, N, P, G, b, norm_q, norm_k,
         dfirst if initial_state is None else initial_state, dfirst if dfinal is None else dfinal,
-        E, S, dR, dS, dfirst, T,
+        *E, S, *dR, dS, dfirst, T,
         V=V, BK=padded(K), C=C, FIRST=initial_state is not None, DFINAL=dfinal is not None,
         **common, **blocks,
     )  # fmt: skip
@@ -132,7 +133,7 @@ def chunk_backward(
     launch(
         chunk_backward_kernels.inputs_kernel,
         (steps, B * H, 2),
-        q, k, do, P, G, b, norm_q, norm_k, E, S, dR, dS, dq, dk, dv, dg[0], dg[1], dbeta, T,
+        q, k, do, P, G, b, norm_q, norm_k, *E, S, *dR, dS, dq, dk, dv, dg[0], dg[1], dbeta, T,
         V=V, BK=min(32, padded(K)), BV=padded(V), C=C, num_warps=4, num_stages=1, **common,
     )  # fmt: skip
     if l2norm:

@@ -195,7 +195,7 @@ def load(
     last = G[:, -1:]
     # Above the diagonal the difference is >= 0: clamped before exp, then cleared.
     D = (G - G.mT).clamp_(max=0).to(wide).exp_().tril_()
-    gamma, tail, last = (x.to(wide).exp_() for x in (G.clone(), last - G, last.clone()))
+    gamma, tail, last = (x.exp().to(wide) for x in (G, last - G, last))
     return Operands(qk, v, beta, gamma, tail, last, D, norm)
 
 

@@ -7,10 +7,28 @@ from ..._core.tl_math import dot, narrow
 from .common import decays, load_norm, load_tokens, load_tokens_across
 
 
+@triton.jit
+def store_parts(p, p_low, o, x, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """`x` as the operand of products and, where that is narrower, what it leaves out: dbeta needs both."""
+    high = narrow(x, DTYPE)
+    tl.store(p + o, high, mask=m)
+    if DTYPE != ACC:
+        tl.store(p_low + o, narrow(x - high.to(ACC), DTYPE), mask=m)
+
+
+@triton.jit
+def load_low(p_low, o, high, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """What `store_parts` stored."""
+    x = high.to(ACC)
+    if DTYPE != ACC:
+        x += tl.load(p_low + o, mask=m, other=0.0).to(ACC)
+    return x
+
+
 @triton.jit(do_not_specialize=["T"])
 def states_kernel(
     p_q, p_k, p_v, p_do, p_N, p_P, p_G, p_b, p_norm_q, p_norm_k, p_first, p_dfinal,
-    p_E, p_S, p_dR, p_dS, p_dfirst,
+    p_E, p_E_low, p_S, p_dR, p_dR_low, p_dS, p_dfirst,
     T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SCALE: tl.constexpr, L2: tl.constexpr, FIRST: tl.constexpr, DFINAL: tl.constexpr,
@@ -43,14 +61,14 @@ def states_kernel(
             beta = tl.load(p_b + rows + o_c)
             G_end = tl.load(p_G + rows + C - 1)
             norm_k = load_norm(p_norm_k + rows, o_c, L2, ACC)
-            tail = tl.exp2((G_end - G).to(ACC)) * norm_k
+            tail = tl.exp2(G_end - G).to(ACC) * norm_k
             held = narrow(S, DTYPE)
             tl.store(p_S + (i_bh * steps + i_c) * K * V + o_kv, held, mask=m_kv)
-            gamma = tl.exp2(G.to(ACC)) * norm_k
+            gamma = tl.exp2(G).to(ACC) * norm_k
             error = v.to(ACC) - dot(k, held, DTYPE, PRECISION, ACC) * gamma[:, None]
             error += dot(N, error * beta[:, None], DTYPE, PRECISION, ACC)
-            tl.store(p_E + rows * V + o_cv, narrow(error, DTYPE), mask=m_v)
-            S = S * tl.exp2(G_end.to(ACC))
+            store_parts(p_E + rows * V, p_E_low + rows * V, o_cv, error, m_v, DTYPE, ACC)
+            S = S * tl.exp2(G_end).to(ACC)
             S += dot(tl.trans(k), error * (beta * tail)[:, None], DTYPE, PRECISION, ACC)
     else:
         dS = tl.zeros([BK, BV], ACC)
@@ -72,23 +90,23 @@ def states_kernel(
             norm_k = load_norm(p_norm_k + rows, o_c, L2, ACC)
             norm_q = load_norm(p_norm_q + rows, o_c, L2, ACC)
             # From the first token on: its share must not vanish in 16 bits under a strong decay before it.
-            gamma, tail = tl.exp2((G - G_first).to(ACC)), tl.exp2((G_end - G).to(ACC)) * norm_k
+            gamma, tail = tl.exp2(G - G_first).to(ACC), tl.exp2(G_end - G).to(ACC) * norm_k
             held = narrow(dS, DTYPE)
             tl.store(p_dS + (i_bh * steps + i_c) * K * V + o_kv, held, mask=m_kv)
             dU = dot(k, held, DTYPE, PRECISION, ACC) * tail[:, None]
             dU += dot(tl.trans(P), do, DTYPE, PRECISION, ACC)
             dR = dU + dot(tl.trans(N), dU * beta[:, None], DTYPE, PRECISION, ACC)
-            tl.store(p_dR + rows * V + o_cv, narrow(dR, DTYPE), mask=m_v)
-            dS *= tl.exp2((G_end - G_first).to(ACC))
+            store_parts(p_dR + rows * V, p_dR_low + rows * V, o_cv, dR, m_v, DTYPE, ACC)
+            dS *= tl.exp2(G_end - G_first).to(ACC)
             dS += dot(tl.trans(q), do.to(ACC) * (gamma * norm_q * SCALE)[:, None], DTYPE, PRECISION, ACC)
             dS -= dot(tl.trans(k), dR * (gamma * norm_k * beta)[:, None], DTYPE, PRECISION, ACC)
-            dS *= tl.exp2(G_first.to(ACC))
+            dS *= tl.exp2(G_first).to(ACC)
         tl.store(p_dfirst + i_bh * K * V + o_kv, dS, mask=m_kv)
 
 
 @triton.jit(do_not_specialize=["T"])
 def inputs_kernel(
-    p_q, p_k, p_do, p_P, p_G, p_b, p_norm_q, p_norm_k, p_E, p_S, p_dR, p_dS,
+    p_q, p_k, p_do, p_P, p_G, p_b, p_norm_q, p_norm_k, p_E, p_E_low, p_S, p_dR, p_dR_low, p_dS,
     p_dq, p_dk, p_dv, p_dg_q, p_dg_k, p_dbeta,
     T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -113,7 +131,7 @@ def inputs_kernel(
     m_v = (o_v < V)[None, :]
     G = tl.load(p_G + rows + o_c)
     beta = tl.load(p_b + rows + o_c)
-    gamma = tl.exp2(G.to(ACC))
+    gamma = tl.exp2(G).to(ACC)
     norm_k, norm_q = load_norm(p_norm_k + rows, o_c, L2, ACC), load_norm(p_norm_q + rows, o_c, L2, ACC)
     do = load_tokens(p_do + tokens * V, o_c, o_v, rest, H, V)
     error = tl.load(p_E + o_cv, mask=m_v, other=0.0)  # the write is U = beta E
@@ -141,7 +159,7 @@ def inputs_kernel(
     else:
         lower, upper = o_c[:, None] > o_c[None, :], o_c[:, None] < o_c[None, :]
         G_end = tl.load(p_G + rows + C - 1)
-        tail = tl.exp2((G_end - G).to(ACC)) * beta
+        tail = tl.exp2(G_end - G).to(ACC) * beta
         dR = tl.load(p_dR + o_cv, mask=m_v, other=0.0)
         E = dot(do, tl.trans(error), DTYPE, PRECISION, ACC) * (norm_q * SCALE)[:, None] * beta[None, :]
         E = narrow(E * decays(G[:, None], G[None, :], o_c[:, None] >= o_c[None, :], ACC), DTYPE)
@@ -172,12 +190,13 @@ def inputs_kernel(
             p = p_dk + tokens * K + o_c[None, :] * (H * K) + o_k[:, None]
             tl.store(p, narrow(dk, p_dk.dtype.element_ty), mask=m_k & m_t[None, :])
         M *= kk * norm_k[:, None] * norm_k[None, :]
-        dG += tl.where(o_c == C - 1, tl.sum(end, 0) * tl.exp2(G_end.to(ACC)) + tl.sum(kept, 0), 0.0)
+        dG += tl.where(o_c == C - 1, tl.sum(end, 0) * tl.exp2(G_end).to(ACC) + tl.sum(kept, 0), 0.0)
         dG += tl.sum(M, 1) - tl.sum(M, 0)
-        dR = dR.to(ACC)
+        dR_all = load_low(p_dR_low, o_cv, dR, m_v, DTYPE, ACC)
+        E_all = load_low(p_E_low, o_cv, error, m_v, DTYPE, ACC)
         p = p_dv + tokens * V + o_c[:, None] * (H * V) + o_v[None, :]
-        tl.store(p, narrow(dR * beta[:, None], DTYPE), mask=m_t[:, None] & m_v)
-        tl.store(p_dbeta + tokens + o_c * H, tl.sum(dR * error.to(ACC), 1), mask=m_t)
+        tl.store(p, narrow(dR_all * beta[:, None], DTYPE), mask=m_t[:, None] & m_v)
+        tl.store(p_dbeta + tokens + o_c * H, tl.sum(dR_all * E_all, 1), mask=m_t)
         tl.store(p_dg_k + tokens + o_c * H, tl.cumsum(dG, 0, reverse=True), mask=m_t)
 
 

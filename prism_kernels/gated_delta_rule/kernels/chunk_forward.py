@@ -134,14 +134,14 @@ def scan_kernel(
         beta = tl.load(p_b + rows + o_c)
         G_end = tl.load(p_G + rows + C - 1)
         norm_k, norm_q = load_norm(p_norm_k + rows, o_c, L2, ACC), load_norm(p_norm_q + rows, o_c, L2, ACC)
-        gamma, tail = tl.exp2(G.to(ACC)), tl.exp2((G_end - G).to(ACC)) * norm_k
+        gamma, tail = tl.exp2(G).to(ACC), tl.exp2(G_end - G).to(ACC) * norm_k
         held = narrow(S, DTYPE)
         error = v.to(ACC) - (gamma * norm_k)[:, None] * dot(k, held, DTYPE, PRECISION, ACC)
         o = dot(q, held, DTYPE, PRECISION, ACC) * (gamma * norm_q * SCALE)[:, None]
         error += dot(N, error * beta[:, None], DTYPE, PRECISION, ACC)
         U = error * beta[:, None]
         o += dot(P, U, DTYPE, PRECISION, ACC)
-        S = S * tl.exp2(G_end.to(ACC)) + dot(tl.trans(k), U * tail[:, None], DTYPE, PRECISION, ACC)
+        S = S * tl.exp2(G_end).to(ACC) + dot(tl.trans(k), U * tail[:, None], DTYPE, PRECISION, ACC)
         m_o = (o_c < rest)[:, None] & (o_v < V)[None, :]
         tl.store(p_o + tokens * V + o_c[:, None] * (H * V) + o_v[None, :], narrow(o, DTYPE), mask=m_o)
     tl.store(p_final + o_state, S, mask=m_state)

@@ -43,7 +43,7 @@ def load_norm(p, o_t, L2: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def decays(G_to, G_from, m, ACC: tl.constexpr):
     """2 ** (G_to - G_from) where `m`, else 0; the exponent is capped at 0 before the exponential."""
-    return tl.where(m, tl.exp2(tl.minimum(G_to - G_from, 0.0).to(ACC)), 0.0)
+    return tl.where(m, tl.exp2(tl.minimum(G_to - G_from, 0.0)).to(ACC), 0.0)
 
 
 @triton.jit
