@@ -43,7 +43,7 @@ def growth(x, TERMS: tl.constexpr):
     if x.dtype == tl.float64:
         r = tl.where(near, x, 0.0)
     else:
-        r = (x - k * 0.693359375) + k * 2.12194440e-4
+        r = tl.where(x < -87.0, 0.0, (x - k * 0.693359375) + k * 2.12194440e-4)
     series = tl.full(x.shape, 1.0, x.dtype)
     for i in tl.static_range(TERMS, 1, -1):
         series = 1.0 + r * series * (1.0 / i)
@@ -98,8 +98,9 @@ def discretise(dt, A_r, A_i, inv_r, inv_i, vanishing, EXPM1_TERMS: tl.constexpr)
 @triton.jit
 def weight_slope(dt, A_r, A_i, inv_r, inv_i, a_r, a_i, w_r, w_i, TERMS: tl.constexpr):
     """chi = dw / dA = (dt a - w) / A, by its series dt^2 sum_k (k+1)/(k+2)! (dt A)^k near 0."""
-    z_r = dt * A_r
-    z_i = dt * A_i
+    near = dt * tl.maximum(tl.abs(A_r), tl.abs(A_i)) < 0.25
+    z_r = tl.where(near, dt * A_r, 0.0)
+    z_i = tl.where(near, dt * A_i, 0.0)
     far_r, far_i = times(dt * a_r - w_r, dt * a_i - w_i, inv_r, inv_i)
     s_r = tl.full(z_r.shape, 1.0, z_r.dtype)
     s_i = tl.zeros_like(s_r)
@@ -107,7 +108,6 @@ def weight_slope(dt, A_r, A_i, inv_r, inv_i, a_r, a_i, w_r, w_i, TERMS: tl.const
         p_r, p_i = times(s_r, s_i, z_r, z_i)
         s_r = 1.0 + p_r * ((k + 1.0) / (k * (k + 2.0)))
         s_i = p_i * ((k + 1.0) / (k * (k + 2.0)))
-    near = z_r * z_r + z_i * z_i < 0.0625
     scale = 0.5 * dt * dt
     return tl.where(near, scale * s_r, far_r), tl.where(near, scale * s_i, far_i)
 
