@@ -8,6 +8,7 @@ from prism_kernels import chunk_gated_delta_rule, fused_recurrent_gated_delta_ru
 
 from ._checks import check_heads, check_input, check_lengths, check_token
 from ._numerics import valid_tokens, wide
+from .linear import Linear
 
 
 class GatedDelta(nn.Module):
@@ -56,8 +57,8 @@ class GatedDelta(nn.Module):
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.qk_norm, self.chunk_size, self.state_path = qk_norm, chunk_size, state_path
         # One product for W_q, W_k, W_v, W_g (D rows each), W_a and W_b (H each).
-        self.in_proj = nn.Linear(dim, 4 * dim + 2 * num_heads, bias=False)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.in_proj = Linear(dim, 4 * dim + 2 * num_heads)
+        self.out_proj = Linear(dim, dim)
         self.alpha_bias = nn.Parameter(torch.full((num_heads,), float(gate_bias_init)))
         self.beta_bias = nn.Parameter(torch.zeros(num_heads))
         self.norm_weight = nn.Parameter(torch.ones(self.head_dim)) if output_norm else None

@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from prism_kernels import swiglu
 
+from .linear import Linear
+
 
 class SwiGLU(nn.Module):
     """y = W_down(silu(W_gate x) * W_up x), without biases.
@@ -20,8 +22,8 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, expand: int = 2) -> None:
         super().__init__()
         # One product for W_gate (first half of the rows) and W_up.
-        self.in_proj = nn.Linear(dim, 2 * expand * dim, bias=False)
-        self.out_proj = nn.Linear(expand * dim, dim, bias=False)
+        self.in_proj = Linear(dim, 2 * expand * dim)
+        self.out_proj = Linear(expand * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x r[...,D] to r[...,D], each token alone."""

@@ -10,6 +10,7 @@ from prism_kernels import selective_scan, selective_scan_step
 
 from ._checks import check_heads, check_input, check_lengths, check_token
 from ._numerics import valid_tokens, wide
+from .linear import Linear
 
 
 class S4DComplex(nn.Module):
@@ -46,7 +47,7 @@ class S4DComplex(nn.Module):
         self,
         dim: int,
         num_heads: int = 8,
-        state_dim: int = 64,
+        state_dim: int = 32,
         *,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
@@ -59,8 +60,8 @@ class S4DComplex(nn.Module):
         self.dim, self.num_heads, self.head_dim, self.state_dim = dim, H, P, N
         self.state_path = state_path
         # One product for W_in (D rows), W_gate (D) and W_dt (H).
-        self.in_proj = nn.Linear(dim, 2 * dim + H, bias=False)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.in_proj = Linear(dim, 2 * dim + H)
+        self.out_proj = Linear(dim, dim)
         nn.init.zeros_(self.in_proj.weight[2 * dim :])
 
         # A random log-uniform draw from each of H equal slots: all time scales, whatever the seed.

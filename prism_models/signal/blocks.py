@@ -22,7 +22,7 @@ class Block(nn.Module):
         self.mixer = mixer
         self.norm2 = RMSNorm(config.hidden_dim)
         self.ffn = SwiGLU(config.hidden_dim, config.ffn_expand)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(
         self, x: Tensor, state: BlockState | None = None, *, lengths: Tensor | None = None
@@ -55,7 +55,7 @@ class S4Block(Block):
         mixer = S4DComplex(
             config.hidden_dim,
             config.num_heads,
-            config.s4_state_dim,
+            config.s4_state_dim // 2,
             dt_min=config.s4_dt_min,
             dt_max=config.s4_dt_max,
             c_per_channel=config.s4_c_per_channel,

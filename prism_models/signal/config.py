@@ -43,7 +43,7 @@ class PRISMConfig:
         num_heads: Heads H of both mixers.
         num_layers: Blocks.
         delta_every: Block i (from 0) is a delta block where (i + 1) % delta_every == 0.
-        s4_state_mult: Complex modes of an S4 head as a multiple of its width.
+        s4_state_mult: State of an S4 channel, in real numbers, as a multiple of the width of a head.
         s4_dt_min, s4_dt_max: Range of the step size at the start.
         delta_chunk_size: Tokens that the chunked delta rule handles at once.
         qk_norm: Whether queries and keys of the delta rule have length 1.
@@ -90,6 +90,9 @@ class PRISMConfig:
             advice = "Change one of them so that every head has the same width."
             got = f"{self.hidden_dim} and {self.num_heads}"
             fail(op, "`hidden_dim` divisible by `num_heads`", got, advice)
+        if self.s4_state_dim % 2:
+            got = f"{self.head_dim} x {self.s4_state_mult}"
+            fail(op, "an even state size, head width x `s4_state_mult`", got, "Complex modes are pairs.")
         check_choice(op, "pool_type", self.pool_type, ("mean", "last"))
         check_choice(op, "force_block_type", self.force_block_type, (None, "s4", "delta"))
         check_choice(op, "ablate", self.ablate, ("none", "state", "delta"))
@@ -110,7 +113,7 @@ class PRISMConfig:
 
     @property
     def s4_state_dim(self) -> int:
-        """Complex modes N of an S4 head."""
+        """State size of an S4 channel, in real numbers; half as many complex modes N make it up."""
         return self.head_dim * self.s4_state_mult
 
     def layer_type(self, i: int) -> str:

@@ -60,7 +60,7 @@ def confusion_matrices(matrices: Mapping[str, tuple[Tensor, list[str]]], picture
                     colour = "white" if share[i, j] > 0.5 else "black"
                     axis.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=9)
         axis.set(title=title, xlabel="predicted", ylabel="true")
-        turn = dict(rotation=45, ha="right", rotation_mode="anchor") if len(classes[0]) > 2 else {}
+        turn = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(classes[0]) > 2 else {}
         axis.set_xticks(range(len(classes)), classes, **turn)
         axis.set_yticks(range(len(classes)), classes)
         axis.tick_params(length=0)

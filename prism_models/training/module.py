@@ -48,10 +48,10 @@ class JointClassifier(lightning.LightningModule):
         """Sum of the modalities' losses."""
         losses = []
         for name in self.names:
-            logits = self.model(batch[name].x, name, lengths=batch[name].lengths).logits
-            loss = F.cross_entropy(logits, batch[name].labels, label_smoothing=self.label_smoothing)
-            self._log(f"{name}/train_loss", loss, batch[name])
-            losses.append(loss)
+            x, labels, lengths = batch[name]
+            out = self.model(x, name, labels, lengths=lengths)
+            self._log(f"{name}/train_loss", out["loss"].detach(), batch[name])
+            losses.append(F.cross_entropy(out.logits, labels, label_smoothing=self.label_smoothing))
         return torch.stack(losses).sum()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -26,7 +26,7 @@ def draw(B):
     return x, back + 1, symbols[:, 0]
 
 
-def trained(ablate, steps=250):
+def trained(ablate, steps=200):
     torch.manual_seed(0)
     task = ModalityConfig("recall", SYMBOLS + 2, SYMBOLS)
     model = PRISMForClassification(
@@ -35,7 +35,7 @@ def trained(ablate, steps=250):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for _ in range(steps):
-        x, lengths, answer = draw(64)
+        x, lengths, answer = draw(32)
         loss = model(x, "recall", answer, lengths=lengths).loss
         optimizer.zero_grad()
         loss.backward()

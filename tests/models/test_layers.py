@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from prism_models.layers import GatedDelta, RMSNorm, S4DComplex, ShortCausalConv1d, SwiGLU
+from prism_models.layers import GatedDelta, RMSNorm, S4DComplex, ShortCausalConv1d, SwiGLU, linear
+from prism_models.layers.linear import Linear
 from prism_models.signal import ModalityConfig, PRISMConfig, PRISMForClassification
 
 B, T, D, H = 3, 21, 16, 4
@@ -95,9 +96,9 @@ def test_parameters_are_real(layer):
 
 
 def test_s4d_starts_as_s4d_lin_with_its_step_sizes_spread():
-    layer = S4DComplex(256, 8, 64)
-    close(layer.A[..., 0], torch.full((8, 64), -0.5))
-    close(layer.A[..., 1], torch.pi * torch.arange(64.0).expand(8, 64))
+    layer = S4DComplex(256, 8, 32)
+    close(layer.A[..., 0], torch.full((8, 32), -0.5))
+    close(layer.A[..., 1], torch.pi * torch.arange(32.0).expand(8, 32))
     dt = nn.functional.softplus(layer.dt_bias)
     assert (dt > 0.001).all() and (dt < 0.1).all()
     slots = (torch.log(dt / 0.001) / torch.log(torch.tensor(100.0)) * 8).floor()
@@ -110,7 +111,7 @@ def test_s4d_state_path_and_skip_start_at_one_scale(tokens, c_per_channel):
     """For unit-normal u: the ratio of RMS lies in [0.1, 10] in every head, not on average alone."""
     from prism_kernels import selective_scan
 
-    layer = S4DComplex(256, 8, 64, c_per_channel=c_per_channel)
+    layer = S4DComplex(256, 8, 32, c_per_channel=c_per_channel)
     u = torch.randn(2, tokens, 8, 32)
     dt = torch.zeros(2, tokens, 8)
     with torch.no_grad():
@@ -201,3 +202,20 @@ def test_layers_train_inside_a_plain_module():
 def test_bad_arguments_say_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_linear_by_onednn_gives_what_linear_gives(monkeypatch):
+    """Large products on a CPU take another way; values and gradients stay within float32 rounding."""
+    layer, x, dy = Linear(24, 40), torch.randn(5, 30, 24, requires_grad=True), torch.randn(5, 30, 40)
+    results = []
+    for rows in (150, 151):
+        monkeypatch.setattr(linear, "ROWS", rows)
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y, (x, layer.weight), dy)))
+    for fast, plain in zip(*results, strict=True):
+        close(fast, plain)
+    monkeypatch.setattr(linear, "ROWS", 1)
+    with torch.no_grad():
+        close(layer(x), results[0][0].detach())
+    layer.weight.requires_grad_(False)
+    close(torch.autograd.grad(layer(x), x, dy)[0], results[0][1])
