@@ -1,0 +1,234 @@
+"""Cases of the gated delta rule; both forms, chunked and token by token, share them."""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ... import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from ...gated_delta_rule import op
+from ...gated_delta_rule.reference import gated_delta_rule_reference
+from ..inputs import Draw
+from ..spec import Case, ErrorCase, OpSpec, Outputs
+
+CHUNK, RECURRENT = "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"
+FUNCTIONS = {CHUNK: chunk_gated_delta_rule, RECURRENT: fused_recurrent_gated_delta_rule}
+TIME_INPUTS = ("q", "k", "v", "g", "beta")
+
+
+def run(name: str, case: Case, impl: str | None) -> Outputs:
+    options = {n: x for n, x in case.options.items() if n != "chunk_size" or name == CHUNK}
+    o, state = FUNCTIONS[name](**case.tensors, **options, output_final_state=True, impl=impl)
+    return {"o": o, "final_state": state}
+
+
+def reference(case: Case, product_dtype: torch.dtype | None) -> Outputs:
+    tensors, options = dict(case.tensors), case.options
+    q, v = tensors["q"], tensors["v"]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    tensors.setdefault("g", v.new_zeros(v.shape[:3], dtype=wide))
+    tensors.setdefault("beta", v.new_ones(v.shape[:3], dtype=wide))
+    l2norm = options.get("use_qk_l2norm_in_kernel", False)
+    o, state = gated_delta_rule_reference(
+        **tensors,
+        scale=options.get("scale", q.shape[-1] ** -0.5),
+        use_qk_l2norm_in_kernel=l2norm,
+        product_dtype=product_dtype,
+    )
+    return {"o": o, "final_state": state}
+
+
+def step(case: Case, state: Tensor | None) -> tuple[Outputs, Tensor]:
+    tensors = {n: t for n, t in case.tensors.items() if n != "initial_state"}
+    outputs = run(RECURRENT, Case(case.name, tensors | {"initial_state": state}, case.options), None)
+    return {"o": outputs["o"]}, outputs["final_state"]
+
+
+def draw_case(
+    draw: Draw,
+    name: str,
+    sizes: tuple[int, int, int, int, int],
+    *,
+    groups: int = 1,
+    decay: float = -0.5,
+    strength: tuple[float, float] = (0.0, 1.0),
+    sequences: int | None = None,
+    leave_out: tuple[str, ...] = (),
+    hostile: bool = False,
+    **options,
+) -> Case:
+    """One case of sizes B, T, H, K, V with keys of length one; `groups` value heads share a key head."""
+    B, T, H, K, V = sizes
+    HV = groups * H
+    tensors = {
+        "q": draw.normal(B, T, H, K),
+        "k": draw.unit(B, T, H, K),
+        "v": draw.normal(B, T, HV, V),
+        "g": draw.gate(B, T, HV, low=decay, high=0.0),
+        "beta": draw.gate(B, T, HV, low=strength[0], high=strength[1]),
+        "initial_state": draw.wide_normal(sequences or B, HV, K, V),
+    }
+    tensors = {n: t for n, t in tensors.items() if n not in leave_out}
+    return Case(name, tensors, {"chunk_size": 16} | options, hostile)
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    make = partial(draw_case, Draw(0, dtype))
+    unit = {"use_qk_l2norm_in_kernel": True}
+    bounds = torch.tensor([0, 0, 5, 22, 22])
+    packed = make("packed, empty sequences among them", (1, 24, 1, 8, 4), groups=2, sequences=4)
+    wide = make("two halves of a chunk, and one token more", (1, 65, 1, 40, 8), chunk_size=64, **unit)
+    same = make("identical keys, strengths up to 2", (1, 18, 1, 8, 8), strength=(0, 2), hostile=True)
+    extremes = make("strengths 0, 1 and 2", (1, 17, 1, 8, 8), hostile=True)
+    strong = make("a decay of -30 in a step, and none", (1, 18, 1, 8, 8), hostile=True)
+    empty = make("zero keys", (1, 7, 1, 8, 4), hostile=True, **unit)
+    k = same.tensors["k"]
+    sharp = torch.where(torch.arange(18) % 3 == 1, -30.0, 0.0).to(strong.tensors["g"].dtype)
+    zero = empty.tensors["k"].clone()
+    zero[:, ::2] = 0
+    return [
+        make("with all there is", (2, 18, 2, 8, 4), scale=0.5, **unit),
+        make("one token", (2, 1, 2, 8, 4)),
+        make(
+            "two tokens, no decay, strength 1, no state",
+            (1, 2, 1, 4, 4),
+            leave_out=("g", "beta", "initial_state"),
+        ),
+        make("a chunk less one", (1, 15, 1, 16, 16)),
+        make("a chunk", (1, 16, 1, 16, 8), leave_out=("g",)),
+        make("odd sizes, a prime length", (1, 37, 1, 5, 19), chunk_size=32, leave_out=("initial_state",)),
+        make("value heads in groups", (1, 17, 2, 8, 4), groups=2, **unit),
+        wide,
+        packed.with_tensors(cu_seqlens=bounds),
+        same.with_tensors(k=k[:, :1].expand_as(k).clone()),
+        extremes.with_tensors(beta=(torch.arange(17) % 3).view(1, 17, 1).to(strong.tensors["g"].dtype)),
+        strong.with_tensors(g=sharp.view(1, 18, 1)),
+        empty.with_tensors(k=zero),
+    ]
+
+
+def hand() -> tuple[Case, Outputs]:
+    """K = 2, V = 1: the second token erases what it reads, decays, and writes 5 undecayed."""
+    tensors = {
+        "q": [[1.0, 0.0], [1.0, 2.0]],
+        "k": [[1.0, 0.0], [0.6, 0.8]],
+        "v": [[2.0], [5.0]],
+        "g": [[0.0], [math.log(0.5)]],
+        "beta": [[1.0], [0.5]],
+    }
+    tensors = {n: torch.tensor(x, dtype=torch.float64).view(1, 2, 1, -1) for n, x in tensors.items()}
+    tensors["g"], tensors["beta"] = tensors["g"][..., 0], tensors["beta"][..., 0]
+    state = torch.tensor([[4.0], [-1.0]], dtype=torch.float64).view(1, 1, 2, 1)
+    # M1 = (2, -1): the 4 along the first key is replaced by 2.
+    # k2^T M1 = 1.2 - 0.8 = 0.4; M2 = 0.5 (M1 - 0.5 * 0.4 k2) + 0.5 * 5 k2 = (1 + 1.44, -0.5 + 1.92)
+    final = torch.tensor([[2.44], [1.42]], dtype=torch.float64).view(1, 1, 2, 1)
+    o = torch.tensor([2.0, 2.44 + 2 * 1.42], dtype=torch.float64).view(1, 2, 1, 1)
+    return Case("two tokens", tensors | {"initial_state": state}, {"scale": 1.0}), {
+        "o": o,
+        "final_state": final,
+    }
+
+
+def errors(name: str) -> list[ErrorCase]:
+    q, v, g = torch.randn(2, 6, 4, 8), torch.randn(2, 6, 4, 5), -torch.rand(2, 6, 4)
+    given = {"q": q, "k": q, "v": v, "g": g, "beta": -g}
+    row = {n: x[:1] for n, x in given.items()}
+    state = torch.zeros(2, 4, 8, 5)
+
+    def case(what: str, error: type[Exception], pattern: str, **changes) -> ErrorCase:
+        return ErrorCase(
+            what, partial(FUNCTIONS[name], **(given | changes)), error, f"^{name}: expected {pattern}"
+        )
+
+    def bounds(*values: float) -> dict[str, Tensor]:
+        return row | {"cu_seqlens": torch.tensor(values)}
+
+    def on_triton(what: str, pattern: str, **changes) -> ErrorCase:
+        pattern = f"a call that the 'triton' path covers, got {pattern}.*impl='torch'"
+        return case(f"{what} on triton", NotImplementedError, pattern, impl="triton", **changes)
+
+    big = torch.zeros(2, 6, 4, 257)
+    middle = torch.zeros(2, 6, 4, 129)
+    listed = [
+        case("rank of q", ValueError, r"`q` of rank 4, \[B, T, H, K\], got shape \(2, 6, 4\)", q=q[..., 0]),
+        case("rank of v", ValueError, r"`v` of rank 4, \[B, T, HV, V\]", v=v[0]),
+        case("shape of q", ValueError, r"`q` \[B, T, H, K\] of shape \(2, 6, 4, 8\), got", q=q[:, :5]),
+        case("v with heads before time", ValueError, r"`v` .* heads before time\?", v=v.transpose(1, 2)),
+        case("g with heads before time", ValueError, r"`g` .* heads before time\?", g=g.transpose(1, 2)),
+        case("shape of beta", ValueError, r"`beta` \[B, T, HV\] of shape \(2, 6, 4\)", beta=g[..., :1]),
+        case("grouped heads that do not divide", ValueError, "HV a positive multiple of H, got H = 4",
+             v=v[:, :, :3], g=g[..., :3], beta=g[..., :3]),
+        case("no token", ValueError, "at least one time step in `k`, got T = 0",
+             **{n: x[:, :0] for n, x in given.items()}),
+        case("integers", TypeError, "`q` of dtype float16, bfloat16, float32, float64, got int32", q=q.int()),
+        case("dtypes that differ", TypeError, "`v` of dtype float32, got float64. `v` and `q`", v=v.double()),
+        case("integer decay", TypeError, "`g` of dtype float16", g=g.int()),
+        case("device", ValueError, "`beta` on cpu, where `q` is, got meta", beta=g.to("meta")),
+        case("growing state", ValueError, "`g` <= 0 everywhere, got a largest value of 0.5", g=g * 0 + 0.5),
+        case("state of a row", ValueError, r"`initial_state` \[B or S, HV, K, V\] of shape \(2, 4, 8, 5\)",
+             initial_state=state[:1]),
+        case("state with values before keys", ValueError, "`initial_state`.*keys before values",
+             initial_state=state.transpose(2, 3)),
+        case("complex state", TypeError, "`initial_state` of dtype", initial_state=state.to(torch.complex64)),
+        case("keys too wide", ValueError, "K from 1 to 256, got K = 257", q=big, k=big),
+        case("values too wide", ValueError, "V from 1 to 256, got V = 257", v=big),
+        case("path", ValueError, "`impl` to be one of", impl="cuda"),
+        case("bounds of floats", TypeError, "`cu_seqlens` of dtype int32, int64", **bounds(0.0, 6.0)),
+        case("bounds that fall", ValueError, "`cu_seqlens` that never decreases", **bounds(0, 4, 2, 6)),
+        case("bounds past the end", ValueError, "`cu_seqlens` from 0 to at most T = 6", **bounds(0, 9)),
+        case("bounds from one", ValueError, "`cu_seqlens` from 0", **bounds(1, 6)),
+        case("packed batch", ValueError, "packed inputs of batch size 1", cu_seqlens=torch.tensor([0, 6])),
+        on_triton("packing", "packed sequences", **bounds(0, 6)),
+        on_triton("grouped heads", "grouped heads", q=q[:, :, :2], k=q[:, :, :2]),
+        on_triton("wide heads", "K or V above 128", q=middle, k=middle),
+    ]  # fmt: skip
+    if name == CHUNK:
+        listed.append(
+            case("chunk size", ValueError, "`chunk_size` to be one of 16, 32, 64, got 48", chunk_size=48)
+        )
+    return listed
+
+
+def opcheck(name: str, case: Case, impl: str) -> list[tuple]:
+    q, v, tensors = case.tensors["q"], case.tensors["v"], case.tensors
+    g = tensors.get("g", torch.zeros(v.shape[:3]))
+    beta = tensors.get("beta", torch.ones(v.shape[:3]))
+    inputs = [q, tensors["k"], v, g, beta, tensors.get("initial_state"), tensors.get("cu_seqlens")]
+    l2norm = case.options.get("use_qk_l2norm_in_kernel", False)
+    options = (case.options.get("scale", 0.25), l2norm)
+    options += (case.options["chunk_size"],) if name == CHUNK else ()
+    forward, backward = {
+        CHUNK: (op.chunk_fwd, op.chunk_bwd),
+        RECURRENT: (op.recurrent_fwd, op.recurrent_bwd),
+    }[name]
+    detached = [None if x is None else x.detach() for x in inputs]
+    o, final, *residuals = forward(*detached, *options, True, impl)
+    given = (torch.ones_like(o), torch.ones_like(final), *detached, residuals, *options, impl)
+    return [(forward, (*inputs, *options, True, impl)), (backward, given)]
+
+
+def on_triton(case: Case) -> bool:
+    same_heads = case.tensors["q"].shape[2] == case.tensors["v"].shape[2]
+    return same_heads and "cu_seqlens" not in case.tensors
+
+
+def spec(name: str) -> OpSpec:
+    return OpSpec(
+        name=name,
+        run=partial(run, name),
+        reference=reference,
+        cases=cases,
+        hand=hand,
+        errors=partial(errors, name),
+        opcheck=partial(opcheck, name),
+        on_triton=on_triton,
+        time_inputs=TIME_INPUTS,
+        state=("initial_state", "final_state"),
+        step=step,
+        packed=True,
+        bounded=("g", "beta"),
+    )
+
+
+SPECS = [spec(CHUNK), spec(RECURRENT)]
