@@ -115,7 +115,7 @@ def chunk_backward(
     steps, common = triton.cdiv(T, C), constants(q, v, scale, l2norm)
     parts = 2 if v.dtype.itemsize == 2 else 1
     E, dR = (v.new_empty(parts, B, H, steps * C, V).expand(2, -1, -1, -1, -1) for _ in range(2))
-    S, dS = (v.new_empty(B, H, steps, K, V) for _ in range(2))
+    S, dS = (v.new_empty(parts, B, H, steps, K, V).expand(2, *[-1] * 5) for _ in range(2))
     dfirst = g.new_empty(B, H, K, V)
     blocks = narrower(STATES, K, V, q.dtype)
     launch(
@@ -123,17 +123,17 @@ def chunk_backward(
         (triton.cdiv(V, blocks["BV"]), B * H, 2),
         q, k, v, do, N, P, G, b, norm_q, norm_k,
         dfirst if initial_state is None else initial_state, dfirst if dfinal is None else dfinal,
-        *E, S, *dR, dS, dfirst, T,
+        *E, *S, *dR, *dS, dfirst, T,
         V=V, BK=padded(K), C=C, FIRST=initial_state is not None, DFINAL=dfinal is not None,
         **common, **blocks,
     )  # fmt: skip
     of_rows = accumulate_dtype(q.dtype) if l2norm else q.dtype
     dq, dk = (torch.empty_like(q, dtype=of_rows) for _ in range(2))
-    dv, dbeta, dg = torch.empty_like(v), torch.empty_like(g), g.new_empty(2, *g.shape)
+    dv, dbeta, dg = torch.empty_like(v), g.new_empty(g.shape), g.new_empty(2, *g.shape)
     launch(
         chunk_backward_kernels.inputs_kernel,
         (steps, B * H, 2),
-        q, k, do, P, G, b, norm_q, norm_k, *E, S, *dR, dS, dq, dk, dv, dg[0], dg[1], dbeta, T,
+        q, k, do, G, b, norm_q, norm_k, *E, *S, *dR, *dS, dq, dk, dv, dg[0], dg[1], dbeta, T,
         V=V, BK=min(32, padded(K)), BV=padded(V), C=C, num_warps=4, num_stages=1, **common,
     )  # fmt: skip
     if l2norm:

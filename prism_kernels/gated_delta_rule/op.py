@@ -60,9 +60,9 @@ def recurrent_residuals(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, impl: s
     if impl == "triton":
         from .launch import EVERY
 
-        return [((S, HV, (v.shape[1] + EVERY - 1) // EVERY, K, V), wide), none, none, none]
+        return [((S * HV * ((v.shape[1] + EVERY - 1) // EVERY), K, V), wide), none, none, none]
     every = torch_impl.CHECKPOINT
-    return [(((v.shape[1] + every - 1) // every, S * HV, K, V), wide), none, none, none]
+    return [((S * HV * ((v.shape[1] + every - 1) // every), K, V), wide), none, none, none]
 
 
 def empty_residuals(like: Tensor, shapes: list[Shape], save: bool) -> list[Tensor]:

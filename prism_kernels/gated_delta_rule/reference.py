@@ -44,9 +44,9 @@ def gated_delta_rule_reference(
             M, out = M.to(wide), []
             for t in range(start, end):
                 M = g[b, t].exp()[:, None, None] * M
-                u = beta[b, t, :, None] * (rounded(v[b, t]) - torch.einsum("hk,hkv->hv", k[b, t], rounded(M)))
-                M = M + torch.einsum("hk,hv->hkv", k[b, t], rounded(u))
-                out.append(scale * torch.einsum("hk,hkv->hv", q[b, t], rounded(M)))
+                u = beta[b, t, :, None] * (rounded(v[b, t]) - (k[b, t, :, :, None] * rounded(M)).sum(1))
+                M = M + k[b, t, :, :, None] * rounded(u)[:, None]
+                out.append(scale * (q[b, t, :, :, None] * rounded(M)).sum(1))
             outputs += out
             states.append(M)
         tail = q.shape[0] * q.shape[1] - len(outputs)

@@ -304,7 +304,7 @@ def recurrent_forward(
             advance(M, x, m)
             torch.bmm(x.q[m], M, out=out[m])
         layout.store(o_rows, c0, c1, out.mul_(scale), HV)
-    return layout.tokens(o, o_rows, T), layout.final_states(state, HV), checkpoints
+    return layout.tokens(o, o_rows, T), layout.final_states(state, HV), checkpoints.flatten(0, 1)
 
 
 def recurrent_backward(
@@ -328,6 +328,7 @@ def recurrent_backward(
     rows, do_rows = [layout.rows(x) for x in inputs], layout.rows(do)
     grads = [layout.new_rows(x) for x in inputs]
     dstate = layout.first_states(dfinal, (HV, k.shape[3], V), g)
+    checkpoints = checkpoints.view(-1, *dstate.shape)
     for i, (c0, c1) in reversed(list(enumerate(checkpoint_segments(layout)))):
         x = load_tokens(layout, c0, c1, rows, HV, wide, l2norm)
         dO = layout.take(do_rows, c0, c1, HV, wide).mul_(scale)

@@ -9,7 +9,8 @@ from .common import decays, load_norm, load_tokens, load_tokens_across
 
 @triton.jit
 def store_parts(p, p_low, o, x, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
-    """`x` as the operand of products and, where that is narrower, what it leaves out: dbeta needs both."""
+    """`x` as the operand of products and, where that is narrower, what it leaves out:
+    dbeta and dg need both."""
     high = narrow(x, DTYPE)
     tl.store(p + o, high, mask=m)
     if DTYPE != ACC:
@@ -17,9 +18,9 @@ def store_parts(p, p_low, o, x, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_low(p_low, o, high, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
+def load_parts(p, p_low, o, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
     """What `store_parts` stored."""
-    x = high.to(ACC)
+    x = tl.load(p + o, mask=m, other=0.0).to(ACC)
     if DTYPE != ACC:
         x += tl.load(p_low + o, mask=m, other=0.0).to(ACC)
     return x
@@ -28,7 +29,7 @@ def load_low(p_low, o, high, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def states_kernel(
     p_q, p_k, p_v, p_do, p_N, p_P, p_G, p_b, p_norm_q, p_norm_k, p_first, p_dfinal,
-    p_E, p_E_low, p_S, p_dR, p_dR_low, p_dS, p_dfirst,
+    p_E, p_E_low, p_S, p_S_low, p_dR, p_dR_low, p_dS, p_dS_low, p_dfirst,
     T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SCALE: tl.constexpr, L2: tl.constexpr, FIRST: tl.constexpr, DFINAL: tl.constexpr,
@@ -63,7 +64,8 @@ def states_kernel(
             norm_k = load_norm(p_norm_k + rows, o_c, L2, ACC)
             tail = tl.exp2(G_end - G).to(ACC) * norm_k
             held = narrow(S, DTYPE)
-            tl.store(p_S + (i_bh * steps + i_c) * K * V + o_kv, held, mask=m_kv)
+            start = (i_bh * steps + i_c) * K * V
+            store_parts(p_S + start, p_S_low + start, o_kv, S, m_kv, DTYPE, ACC)
             gamma = tl.exp2(G).to(ACC) * norm_k
             error = v.to(ACC) - dot(k, held, DTYPE, PRECISION, ACC) * gamma[:, None]
             error += dot(N, error * beta[:, None], DTYPE, PRECISION, ACC)
@@ -92,7 +94,8 @@ def states_kernel(
             # From the first token on: its share must not vanish in 16 bits under a strong decay before it.
             gamma, tail = tl.exp2(G - G_first).to(ACC), tl.exp2(G_end - G).to(ACC) * norm_k
             held = narrow(dS, DTYPE)
-            tl.store(p_dS + (i_bh * steps + i_c) * K * V + o_kv, held, mask=m_kv)
+            start = (i_bh * steps + i_c) * K * V
+            store_parts(p_dS + start, p_dS_low + start, o_kv, dS, m_kv, DTYPE, ACC)
             dU = dot(k, held, DTYPE, PRECISION, ACC) * tail[:, None]
             dU += dot(tl.trans(P), do, DTYPE, PRECISION, ACC)
             dR = dU + dot(tl.trans(N), dU * beta[:, None], DTYPE, PRECISION, ACC)
@@ -106,7 +109,8 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def inputs_kernel(
-    p_q, p_k, p_do, p_P, p_G, p_b, p_norm_q, p_norm_k, p_E, p_E_low, p_S, p_dR, p_dR_low, p_dS,
+    p_q, p_k, p_do, p_G, p_b, p_norm_q, p_norm_k,
+    p_E, p_E_low, p_S, p_S_low, p_dR, p_dR_low, p_dS, p_dS_low,
     p_dq, p_dk, p_dv, p_dg_q, p_dg_k, p_dbeta,
     T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -125,8 +129,9 @@ def inputs_kernel(
     rows = (i_bh * steps + i_c) * C
     tokens = (i_b * T + i_c * C) * H + i_h
     m_t = o_c < rest
-    p_S += (i_bh * steps + i_c) * K * V
-    p_dS += (i_bh * steps + i_c) * K * V
+    start = (i_bh * steps + i_c) * K * V
+    p_S += start
+    p_dS += start
     o_cv = rows * V + o_c[:, None] * V + o_v[None, :]
     m_v = (o_v < V)[None, :]
     G = tl.load(p_G + rows + o_c)
@@ -138,12 +143,9 @@ def inputs_kernel(
     dG = tl.zeros([C], ACC)
 
     if tl.program_id(2) == 0:
-        P_across = tl.load(p_P + rows * C + o_c[None, :] * C + o_c[:, None])
-        E_across = dot(error, tl.trans(do), DTYPE, PRECISION, ACC) * beta[:, None]
-        within = tl.where(o_c[None, :] > o_c[:, None], E_across * P_across.to(ACC), 0.0)
-        dG += tl.sum(within, 0) - tl.sum(within, 1)
+        E_across = dot(error, tl.trans(do), DTYPE, PRECISION, ACC) * (beta * norm_k * SCALE)[:, None]
         E_across *= decays(G[None, :], G[:, None], o_c[None, :] >= o_c[:, None], ACC)
-        E_across = narrow(E_across * (norm_k * SCALE)[:, None], DTYPE)
+        kq = tl.zeros([C, C], ACC)
         for i_k in range(0, tl.cdiv(K, BK)):
             o_k = i_k * BK + tl.arange(0, BK)
             q = load_tokens_across(p_q + tokens * K, o_c, o_k, rest, H, K)
@@ -151,10 +153,13 @@ def inputs_kernel(
             S = tl.load(p_S + o_k[:, None] * V + o_v[None, :], mask=(o_k < K)[:, None] & m_v, other=0.0)
             dq = dot(S, tl.trans(do), DTYPE, PRECISION, ACC) * (gamma * SCALE)[None, :]
             dG += tl.sum(q.to(ACC) * dq, 0) * norm_q
+            kq += dot(tl.trans(k), q, DTYPE, PRECISION, ACC)
             dq += dot(k, E_across, DTYPE, PRECISION, ACC)
             m = (o_k < K)[:, None] & m_t[None, :]
             p = p_dq + tokens * K + o_c[None, :] * (H * K) + o_k[:, None]
             tl.store(p, narrow(dq, p_dq.dtype.element_ty), mask=m)
+        kq = tl.where(o_c[None, :] > o_c[:, None], kq * E_across * norm_q[None, :], 0.0)
+        dG += tl.sum(kq, 0) - tl.sum(kq, 1)
         tl.store(p_dg_q + tokens + o_c * H, tl.cumsum(dG, 0, reverse=True), mask=m_t)
     else:
         lower, upper = o_c[:, None] > o_c[None, :], o_c[:, None] < o_c[None, :]
@@ -183,17 +188,21 @@ def inputs_kernel(
             ks = tl.sum(k.to(ACC) * to_state, 0) * norm_k
             dG -= tl.sum(k.to(ACC) * from_r, 0) * norm_k + ks
             kept += ks
-            end += tl.sum(S.to(ACC) * dS.to(ACC), 1)
             dk = to_state - from_r
             dk += dot(q, E, DTYPE, PRECISION, ACC)
             dk += dot(k, Z, DTYPE, PRECISION, ACC)
             p = p_dk + tokens * K + o_c[None, :] * (H * K) + o_k[:, None]
             tl.store(p, narrow(dk, p_dk.dtype.element_ty), mask=m_k & m_t[None, :])
+        for i_k in range(0, tl.cdiv(K, BK)):
+            o_k = i_k * BK + tl.arange(0, BK)
+            o_kv, m_kv = o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & m_v
+            S_all = load_parts(p_S, p_S_low + start, o_kv, m_kv, DTYPE, ACC)
+            end += tl.sum(S_all * load_parts(p_dS, p_dS_low + start, o_kv, m_kv, DTYPE, ACC), 1)
         M *= kk * norm_k[:, None] * norm_k[None, :]
         dG += tl.where(o_c == C - 1, tl.sum(end, 0) * tl.exp2(G_end).to(ACC) + tl.sum(kept, 0), 0.0)
         dG += tl.sum(M, 1) - tl.sum(M, 0)
-        dR_all = load_low(p_dR_low, o_cv, dR, m_v, DTYPE, ACC)
-        E_all = load_low(p_E_low, o_cv, error, m_v, DTYPE, ACC)
+        dR_all = load_parts(p_dR, p_dR_low, o_cv, m_v, DTYPE, ACC)
+        E_all = load_parts(p_E, p_E_low, o_cv, m_v, DTYPE, ACC)
         p = p_dv + tokens * V + o_c[:, None] * (H * V) + o_v[None, :]
         tl.store(p, narrow(dR_all * beta[:, None], DTYPE), mask=m_t[:, None] & m_v)
         tl.store(p_dbeta + tokens + o_c * H, tl.sum(dR_all * E_all, 1), mask=m_t)
