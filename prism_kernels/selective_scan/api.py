@@ -182,8 +182,8 @@ def dispatch(
 ) -> tuple[Tensor, Tensor]:
     """Run a checked call on one path; the state comes back in the form of `A`."""
     convert = to_numbers if path == "reference" else to_pairs
-    converted = (None if x is None else convert(x, A) for x in (B, C, initial_state))
-    B, C, initial_state = converted
+    B, C = convert(B, A), convert(C, A)
+    initial_state = None if initial_state is None else convert(initial_state, A)
     if path == "reference":
         if checks.values_are_checked(u):
             frame.check_values(OP, u, dt, dt_bias, A, cu_seqlens, dt_softplus)
@@ -303,10 +303,9 @@ def check_diagonal(name: str, A: Tensor, H: int) -> None:
 
 def check_form(name: str, label: str, x: Tensor, A: Tensor, real_allowed: bool) -> None:
     """`x` is complex, real or in pairs, as `A` demands."""
+    allowed: tuple[torch.dtype, ...] = checks.FLOATS
     if A.is_complex():
         allowed = (*checks.COMPLEX, *checks.FLOATS) if real_allowed else checks.COMPLEX
-    else:
-        allowed = checks.FLOATS
     checks.check_dtype(name, label, x, allowed, FORMS)
 
 

@@ -133,9 +133,9 @@ def backward_by_blocks(
         p_k = p.token_slice(time)
         runs.append(blocks.backward(g[:, time], u[:, time], dt[:, time], p_k, states[k : k + 2], eta))
         eta = runs[-1].initial_state
-    du, ddt, dA, dB, dC, _ = zip(*reversed(runs), strict=True)
-    join = [torch.cat(d, 1) if x.ndim == 4 else sum(d[1:], d[0]) for d, x in ((dB, p.B), (dC, p.C))]
-    return ScanGradients(torch.cat(du, 1), torch.cat(ddt, 1), sum(dA[1:], dA[0]), *join, eta)
+    du, ddt, dA, dBs, dCs, _ = zip(*reversed(runs), strict=True)
+    dB, dC = (torch.cat(d, 1) if x.ndim == 4 else torch.stack(d).sum(0) for d, x in ((dBs, p.B), (dCs, p.C)))
+    return ScanGradients(torch.cat(du, 1), torch.cat(ddt, 1), torch.stack(dA).sum(0), dB, dC, eta)
 
 
 def chunk_slices(T: int) -> list[slice]:

@@ -81,7 +81,8 @@ class Scan:
         u = layout.arrange(u).to(wide)
         static_rank = 3 + (A.ndim == 3)
         B, C = (layout.arrange(x) if x.ndim > static_rank else x for x in (B, C))
-        params = Params(*(as_numbers(x.to(wide), A) for x in (A, B, C)), euler)
+        poles, B, C = (as_numbers(x.to(wide), A) for x in (A, B, C))
+        params = Params(poles, B, C, euler)
         if initial_state is None:
             state_shape = (u.shape[0], *u.shape[2:], params.A.shape[-1])
             h0 = u.new_zeros(state_shape, dtype=params.A.dtype)

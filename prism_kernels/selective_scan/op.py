@@ -124,15 +124,24 @@ def selective_scan_bwd(
         ddt = d.dt * -torch.expm1(-scan.dt) if dt_softplus else d.dt
         ddt = layout.restore(ddt)
         dB, dC = (layout.restore(x) if x.ndim == 4 else x for x in (d.B, d.C))
-        dbias, dh0 = ddt.sum((0, 1)), d.initial_state
-        grads = (layout.restore(du), ddt, d.A, dB, dC, dD, dz, dbias, dh0)
-        inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-        return tuple(
-            u.new_empty(0)
-            if x is None
-            else as_pairs(d).to(x.dtype).clone(memory_format=torch.contiguous_format)
-            for d, x in zip(grads, inputs, strict=True)
+        return (
+            like(u, layout.restore(du), u),
+            like(dt, ddt, u),
+            like(A, d.A, u),
+            like(B, dB, u),
+            like(C, dC, u),
+            like(D, dD, u),
+            like(z, dz, u),
+            like(dt_bias, ddt.sum((0, 1)), u),
+            like(initial_state, d.initial_state, u),
         )
+
+
+def like(x: Tensor | None, gradient: Tensor | None, u: Tensor) -> Tensor:
+    """The gradient in memory of its own, in the dtype of `x`; empty where there is no input `x`."""
+    if x is None or gradient is None:
+        return u.new_empty(0)
+    return as_pairs(gradient).to(x.dtype).clone(memory_format=torch.contiguous_format)
 
 
 @selective_scan_bwd.register_fake

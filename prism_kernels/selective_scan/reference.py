@@ -50,7 +50,8 @@ def scan_reference(
         dt = dt if dt_bias is None else dt + dt_bias.to(wide)
         dt = F.softplus(dt) if dt_softplus else dt
         Bs, Cs, us, dts = tokens(B.to(deep), H, end), tokens(C.to(deep), H, end), u.unbind(1), dt.unbind(1)
-        rows, finals = [], []
+        rows: list[Tensor] = []
+        finals: list[Tensor] = []
         for s, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             h = u.new_zeros(batch, H, P, N, dtype=deep)
             if initial_state is not None:

@@ -31,10 +31,10 @@ def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tenso
 
 def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: Tensor) -> ScanGradients:
     """Gradients from g = dL/dy and eta = dL/d(final state)."""
-    way, c, m = plan(u.shape, p)
+    batch, (way, c, m) = u.shape[0], plan(u.shape, p)
     du, ddt, dA = torch.empty_like(u), torch.empty_like(dt), torch.zeros_like(p.A)
     dB, dC = torch.zeros_like(p.B), torch.zeros_like(p.C)
-    for k in reversed(range(0, len(states) - 1, m)):
+    for k in reversed(range(0, len(states) - 1, m)) if batch else ():
         time = slice(k * c, (k + m) * c)
         part = way.backward(
             g[:, time], u[:, time], dt[:, time], p.token_slice(time), states[k : k + m + 1], eta
@@ -52,7 +52,7 @@ def plan(shape: torch.Size, p: Params):
     N = p.A.shape[-1]
     c = chunk_length(H, P, N, p.B.ndim == 3, p.C.ndim == 3)
     if is_dual(P, p.B.ndim == 3, p.C.ndim == 3) and T >= DUAL_TOKENS:
-        return dual, c, max(1, SLAB // (batch * c * H * N))
+        return dual, c, max(1, SLAB // max(1, batch * c * H * N))
     return blocks, c, 1
 
 
