@@ -4,9 +4,7 @@ import subprocess
 import sys
 
 HARD = {"torch", "triton", "einops", "numpy", "prism_kernels", "prism_models"}
-EXTRAS = (
-    "lightning jsonargparse torchmetrics sklearn aeon matplotlib rich transformers safetensors pandas scipy"
-)
+EXTRAS = "lightning jsonargparse torchmetrics sklearn aeon matplotlib rich transformers safetensors"
 
 BLOCKER = """
 import importlib.abc, sys
