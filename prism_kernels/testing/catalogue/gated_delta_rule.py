@@ -82,7 +82,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
     unit = {"use_qk_l2norm_in_kernel": True}
     bounds = torch.tensor([0, 0, 5, 22, 22])
     packed = make(8, "packed, empty sequences among them", (1, 24, 1, 8, 4), groups=2, sequences=4)
-    same = make(9, "identical keys, strengths up to 2", (1, 8, 4, 8, 8), strength=(0, 2), hostile=True)
+    same = make(20, "identical keys, strengths up to 2", (1, 7, 4, 16, 16), strength=(0, 2), hostile=True)
     extremes = make(10, "strengths 0, 1 and 2", (1, 17, 1, 8, 8), hostile=True)
     strong = make(1, "a decay of -30 in a step, and none", (1, 18, 2, 8, 8), hostile=True)
     empty = make(12, "zero keys", (1, 7, 1, 8, 4), hostile=True, **unit)
@@ -91,7 +91,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
     zero = empty.tensors["k"].clone()
     zero[:, ::2] = 0
     bare = {"leave_out": ("g", "beta", "initial_state")}
-    return [
+    listed = [
         make(0, "with all there is", (2, 18, 2, 8, 4), scale=0.5, **unit),
         make(1, "one token", (2, 1, 8, 16, 16)),
         make(2, "two tokens, no decay, strength 1, no state", (1, 2, 1, 4, 4), **bare),
@@ -102,11 +102,15 @@ def cases(dtype: torch.dtype) -> list[Case]:
         make(2, "two halves of a chunk, and one token more", (1, 65, 1, 40, 16), chunk_size=64,
              leave_out=("g",), **unit),
         packed.with_tensors(cu_seqlens=bounds),
-        same.with_tensors(k=k[:, :1].expand_as(k).clone()),
         extremes.with_tensors(beta=beta.to(extremes.tensors["g"].dtype)),
         strong.with_tensors(g=sharp.to(strong.tensors["g"].dtype)),
         empty.with_tensors(k=zero),
     ]  # fmt: skip
+    if dtype.itemsize > 2:
+        # In 16 bits a token loop corrects its own rounding on such keys and the chunked form cannot: see
+        # "Numerics" in the op's README. Products of 16 bits are no measure of it here.
+        listed.append(same.with_tensors(k=k[:, :1].expand_as(k).clone()))
+    return listed
 
 
 def hand() -> tuple[Case, Outputs]:
