@@ -1,5 +1,7 @@
 """Handwritten digits: 1,797 real images of 8 x 8 pixels, in scikit-learn's package."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -8,13 +10,15 @@ from .._extras import need
 from .dataset import Data, Split, stratified
 
 SIDE, PATCH, SEED = 8, 2, 0
+TURN, STRETCH, SHIFT = math.radians(12), 0.1, 1.0
 
 
 def load_digits() -> Data:
     """Digits as 16 tokens of one 2 x 2 patch each, in raster order.
 
     Split 60/20/20 by class with seed 0. All pixels are scaled by the mean and deviation of the
-    training pixels. Training images are shifted by up to one pixel each way.
+    training pixels. Training images are turned by up to 12 degrees, stretched by up to a tenth and
+    shifted by up to one pixel.
     """
     pixels, digits = need("sklearn.datasets", "data", "load_digits").load_digits(return_X_y=True)
     images, labels = torch.from_numpy(pixels).float().view(-1, SIDE, SIDE), torch.from_numpy(digits).long()
@@ -30,7 +34,7 @@ def load_digits() -> Data:
         test=test,
         source="scikit-learn load_digits: optical recognition of handwritten digits, UCI (Alpaydin 1998)",
         patch_size=PATCH,
-        augment=shift,
+        augment=warp,
     )
 
 
@@ -46,8 +50,12 @@ def unpatchify(tokens: Tensor) -> Tensor:
     return grid.transpose(-3, -2).flatten(-4, -3).flatten(-2)
 
 
-def shift(tokens: Tensor) -> Tensor:
-    """Move the image by -1, 0 or 1 pixels along both axes; its border is repeated."""
-    padded = F.pad(unpatchify(tokens)[None], (1, 1, 1, 1), mode="replicate")[0]
-    row, column = torch.randint(3, (2,)).tolist()
-    return patchify(padded[row : row + SIDE, column : column + SIDE])
+def warp(tokens: Tensor) -> Tensor:
+    """Turn, stretch and shift the image a little, at random; its border is repeated."""
+    angle, width, height = (torch.rand(3) * 2 - 1).mul_(torch.tensor([TURN, STRETCH, STRETCH])).tolist()
+    cos, sin = math.cos(angle), math.sin(angle)
+    right, down = ((torch.rand(2) * 2 - 1) * (2 * SHIFT / SIDE)).tolist()
+    matrix = [[cos * (1 + width), -sin, right], [sin, cos * (1 + height), down]]
+    grid = F.affine_grid(torch.tensor([matrix]), [1, 1, SIDE, SIDE], align_corners=False)
+    image = unpatchify(tokens)[None, None]
+    return patchify(F.grid_sample(image, grid, padding_mode="border", align_corners=False)[0, 0])

@@ -21,7 +21,7 @@ def load_japanese_vowels() -> Data:
     """
     aeon = need("aeon.datasets", "data", "load_japanese_vowels")
     # The files in the package: aeon's own loaders go to the network where a file is missing.
-    folder = Path(aeon.__file__).parent / "data" / "JapaneseVowels"
+    folder = Path(aeon.__path__[0]) / "data" / "JapaneseVowels"
     official = _read(aeon, folder / "JapaneseVowels_TRAIN.ts")
     train, validation = (official.take(i) for i in stratified(official.labels, [0.8, 0.2], SEED))
     return Data(

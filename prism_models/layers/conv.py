@@ -1,6 +1,7 @@
 """The short causal convolution that precedes a mixer."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class ShortCausalConv1d(nn.Module):
             initial_state=state,
             output_final_state=True,
         )
-        return y, final if lengths is None else self._tail(x, state, lengths)
+        return y, cast(Tensor, final) if lengths is None else self._tail(x, state, lengths)
 
     def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token x_t r[B,D]: return y_t r[B,D] and the new state."""

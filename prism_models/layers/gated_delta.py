@@ -1,5 +1,7 @@
 """The gated delta rule mixer: a matrix-valued associative memory."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,7 +84,7 @@ class GatedDelta(nn.Module):
             # g = 0 and beta = 0 are the identity on the state, exactly.
             padding = ~valid_tokens(lengths, x.shape[1])[..., None]
             g, beta = g.masked_fill(padding, 0.0), beta.masked_fill(padding, 0.0)
-        o, state = chunk_gated_delta_rule(
+        o, final = chunk_gated_delta_rule(
             q,
             k,
             v,
@@ -94,7 +96,7 @@ class GatedDelta(nn.Module):
             use_qk_l2norm_in_kernel=self.qk_norm,
             chunk_size=self.chunk_size,
         )
-        return self._read_out(o, gate), state
+        return self._read_out(o, gate), cast(Tensor, final)
 
     def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token x_t r[B,D]: return y_t r[B,D] and the new state."""
@@ -102,7 +104,7 @@ class GatedDelta(nn.Module):
         if not self.state_path:
             return torch.zeros_like(x_t), state
         q, k, v, gate, g, beta = self._project(x_t[:, None])
-        o, state = fused_recurrent_gated_delta_rule(
+        o, final = fused_recurrent_gated_delta_rule(
             q,
             k,
             v,
@@ -113,7 +115,7 @@ class GatedDelta(nn.Module):
             output_final_state=True,
             use_qk_l2norm_in_kernel=self.qk_norm,
         )
-        return self._read_out(o, gate)[:, 0], state
+        return self._read_out(o, gate)[:, 0], cast(Tensor, final)
 
     def init_state(self, batch_size: int) -> Tensor:
         """Zeros r[B,H,K,V] in float32."""

@@ -25,7 +25,7 @@ class Linear(nn.Linear):
         return OneDNN.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
     def _by_onednn(self, x: Tensor) -> bool:
-        return (
+        return bool(
             x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and x.numel() >= ROWS * self.in_features

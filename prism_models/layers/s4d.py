@@ -1,6 +1,7 @@
 """The diagonal complex state-space mixer with an input-dependent step size."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ class S4DComplex(nn.Module):
             # dt = 0 is the identity on the state, exactly.
             dt = F.softplus(wide(dt) + wide(self.dt_bias))
             dt, dt_bias = dt.masked_fill(~valid_tokens(lengths, x.shape[1])[..., None], 0.0), None
-        y, state = selective_scan(
+        y, final = selective_scan(
             u,
             dt,
             self.A,
@@ -115,7 +116,7 @@ class S4DComplex(nn.Module):
             initial_state=state,
             output_final_state=True,
         )
-        return self.out_proj(y.flatten(-2)), state
+        return self.out_proj(y.flatten(-2)), cast(Tensor, final)
 
     def step(self, x_t: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token x_t r[B,D]: return y_t r[B,D] and the new state."""

@@ -1,6 +1,7 @@
 """The backbone that all modalities share."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -30,12 +31,11 @@ class PRISMBackbone(nn.Module):
     def step(self, x_t: Tensor, states: Sequence[BlockState]) -> tuple[Tensor, tuple[BlockState, ...]]:
         """One token x_t r[B,D]."""
         new: list[BlockState] = []
-        block: Block
         for block, state in zip(self.blocks, states, strict=True):
-            x_t, state = block.step(x_t, state)
+            x_t, state = cast(Block, block).step(x_t, state)
             new.append(state)
         return x_t, tuple(new)
 
     def init_state(self, batch_size: int) -> tuple[BlockState, ...]:
         """The states before the first token."""
-        return tuple(block.init_state(batch_size) for block in self.blocks)
+        return tuple(cast(Block, block).init_state(batch_size) for block in self.blocks)

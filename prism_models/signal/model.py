@@ -80,12 +80,12 @@ class PRISMForClassification(nn.Module):
         _check_labels(labels, x, spec)
         if lengths is not None:
             x = torch.where(valid_tokens(lengths, x.shape[1])[..., None], x, 0.0)
-        blocks, pooled = (None, None) if states is None else states
+        blocks, seen = (None, None) if states is None else states
         features, blocks = self.backbone(self.projection[modality](x), blocks, lengths=lengths)
-        pooled, pool_state = pool(features, self.config.pool_type, pooled, lengths)
+        pooled, seen = pool(features, self.config.pool_type, seen, lengths)
         logits = self.head[modality](pooled)
         loss = None if labels is None else F.cross_entropy(logits, labels.long())
-        return PRISMOutput(logits, PRISMState(blocks, pool_state), loss)
+        return PRISMOutput(logits, PRISMState(blocks, seen), loss)
 
     def step(self, x_t: Tensor, modality: str, state: PRISMState) -> PRISMOutput:
         """Take one token per row and classify what was seen so far.
@@ -105,13 +105,12 @@ class PRISMForClassification(nn.Module):
             expected = f"`x_t` [B, {spec.input_dim}] for modality {modality!r}"
             fail(NAME, expected, f"shape {tuple(x_t.shape)}", "Give `step` one token per row.")
         features, blocks = self.backbone.step(self.projection[modality](x_t), state.blocks)
-        pooled, pool_state = pool(features[:, None], self.config.pool_type, state.pool, None)
-        return PRISMOutput(self.head[modality](pooled), PRISMState(blocks, pool_state))
+        pooled, seen = pool(features[:, None], self.config.pool_type, state.pool, None)
+        return PRISMOutput(self.head[modality](pooled), PRISMState(blocks, seen))
 
     def init_state(self, batch_size: int) -> PRISMState:
         """The state before the first token, on the device of the weights."""
-        like = self.backbone.blocks[0].norm1.weight
-        features = like.new_zeros(batch_size, 1, self.config.hidden_dim)
+        features = next(self.backbone.parameters()).new_zeros(batch_size, 1, self.config.hidden_dim)
         return PRISMState(self.backbone.init_state(batch_size), init_pool(features))
 
     def _modality(self, name: str) -> ModalityConfig:

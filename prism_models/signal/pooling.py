@@ -22,8 +22,8 @@ def pool(
     states are float32 (float64 for float64 features).
     """
     B, T, _ = features.shape
-    value, count = init_pool(features) if state is None else state
-    new = count + (T if lengths is None else lengths)
+    value, tokens = init_pool(features) if state is None else state
+    new = tokens + (T if lengths is None else lengths)
     if pool_type == "mean":
         if lengths is not None:
             features = features.masked_fill(~valid_tokens(lengths, T)[..., None], 0.0)

@@ -15,10 +15,10 @@ class BlockState(NamedTuple):
 
 
 class PoolState(NamedTuple):
-    """value r[B,D]: the sum ("mean") or the latest ("last") of the features; count i[B]: tokens seen."""
+    """value r[B,D]: the sum ("mean") or the latest ("last") of the features; tokens i[B]: how many."""
 
     value: Tensor
-    count: Tensor
+    tokens: Tensor
 
 
 class PRISMState(NamedTuple):
@@ -30,7 +30,7 @@ class PRISMState(NamedTuple):
     def map(self, fn: Callable[[Tensor], Tensor]) -> "PRISMState":
         """Apply `fn` to every tensor, for example `state.map(lambda t: t[rows])`."""
         blocks = tuple(BlockState(fn(b.conv), fn(b.mixer)) for b in self.blocks)
-        return PRISMState(blocks, PoolState(fn(self.pool.value), fn(self.pool.count)))
+        return PRISMState(blocks, PoolState(fn(self.pool.value), fn(self.pool.tokens)))
 
     def detach(self) -> "PRISMState":
         """The same values, cut from the graph."""

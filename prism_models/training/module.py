@@ -1,11 +1,14 @@
 """The Lightning module: one backbone, a batch of every modality in each step."""
 
 import math
+from typing import cast
 
 import lightning
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..data import Batch
@@ -50,7 +53,7 @@ class JointClassifier(lightning.LightningModule):
         for name in self.names:
             x, labels, lengths = batch[name]
             out = self.model(x, name, labels, lengths=lengths)
-            self._log(f"{name}/train_loss", out["loss"].detach(), batch[name])
+            self._log(f"{name}/train_loss", cast(Tensor, out.loss).detach(), batch[name])
             losses.append(F.cross_entropy(out.logits, labels, label_smoothing=self.label_smoothing))
         return torch.stack(losses).sum()
 
@@ -58,11 +61,12 @@ class JointClassifier(lightning.LightningModule):
         """Loss and accuracy of one batch; loader i serves modality i."""
         name = self.names[dataloader_idx]
         out = self.model(batch.x, name, batch.labels, lengths=batch.lengths)
-        self.accuracy[name].update(out.logits, batch.labels)
-        self._log(f"{name}/val_loss", out["loss"], batch)
-        self._log(f"{name}/val_accuracy", self.accuracy[name], batch)
+        accuracy = cast(Metric, self.accuracy[name])
+        accuracy.update(out.logits, batch.labels)
+        self._log(f"{name}/val_loss", cast(Tensor, out.loss), batch)
+        self._log(f"{name}/val_accuracy", accuracy, batch)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and its schedule by step."""
         optimizer = torch.optim.AdamW(parameter_groups(self.model, self.weight_decay), lr=self.lr)
         total = int(self.trainer.estimated_stepping_batches)
@@ -71,7 +75,7 @@ class JointClassifier(lightning.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _log(self, name: str, value: object, batch: Batch) -> None:
+    def _log(self, name: str, value: Tensor | Metric, batch: Batch) -> None:
         self.log(name, value, on_step=False, on_epoch=True, batch_size=len(batch.x), add_dataloader_idx=False)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from prism_models.data import DATASETS, SequenceDataset, collate, load
 from prism_models.data.dataset import stratified
-from prism_models.data.digits import patchify, shift, unpatchify
+from prism_models.data.digits import patchify, unpatchify, warp
 
 SIZES = {"digits": (1078, 360, 359), "japanese_vowels": (216, 54, 370)}
 
@@ -93,11 +93,13 @@ def test_patches_are_in_raster_order_and_come_back():
     assert torch.equal(unpatchify(tokens), image)
 
 
-def test_shift_moves_the_image_by_at_most_a_pixel():
-    image = torch.zeros(8, 8)
-    image[4, 4] = 1
-    places = {tuple(unpatchify(shift(patchify(image))).nonzero()[0].tolist()) for _ in range(200)}
-    assert places == {(r, c) for r in (3, 4, 5) for c in (3, 4, 5)}
+def test_warp_moves_the_image_a_little():
+    row, column = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    image = torch.exp(-((row - 4) ** 2 + (column - 4) ** 2) / 2)
+    for _ in range(50):
+        moved = unpatchify(warp(patchify(image)))
+        centre = [(moved * place).sum() / moved.sum() for place in (row, column)]
+        assert all(abs(c - 4) < 1.5 for c in centre) and 0.7 < moved.sum() / image.sum() < 1.4
 
 
 def test_stratified_parts_cover_everything_once():
