@@ -6,10 +6,11 @@ utterance frame by frame.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import lightning
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils import deterministic
 
 from ..data import Data, load
 from ..export import load_pretrained_folder, save_pretrained_folder
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     quiet()
     torch.set_num_threads(args.threads)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     sets = [load("digits"), load("japanese_vowels")]
     config = PRISMConfig(
         hidden_dim=args.hidden_dim,
@@ -102,7 +104,6 @@ def train(
         devices=1,
         max_epochs=args.epochs,
         gradient_clip_val=1.0,
-        deterministic="warn",
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,
@@ -110,8 +111,23 @@ def train(
         enable_model_summary=False,
         callbacks=[BestWeights(), MetricsCSV(metrics, run), Line(console, run)],
     )
-    trainer.fit(module, JointData(sets, args.batch_size))
+    with repeatable():
+        trainer.fit(module, JointData(sets, args.batch_size))
     return module.model
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Deterministic algorithms where there is a choice; the settings of before come back."""
+    mode, fill = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    # Fresh memory full of NaN finds bugs in tests; here it costs time.
+    deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        deterministic.fill_uninitialized_memory = fill
 
 
 def announce(console: Console, config: PRISMConfig, sets: Sequence[Data]) -> None:
