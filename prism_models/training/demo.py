@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the digits, per run")
+    parser.add_argument("--epochs", type=int, default=32, help="passes over the training data, per run")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences per modality and step")
     parser.add_argument("--hidden-dim", type=int, default=64, help="width of the backbone")
     parser.add_argument("--layers", type=int, default=4, help="blocks; every fourth is a delta block")

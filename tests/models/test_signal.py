@@ -320,3 +320,23 @@ def test_quick_start_runs_on_hard_dependencies_alone():
     done = subprocess.run([sys.executable, "-c", QUICK_START], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert all(0 < float(line) < 10 for line in done.stdout.split())
+
+
+def test_float64_stays_float64_and_autocast_trains():
+    model, x = small().double(), torch.randn(2, 9, 12, dtype=torch.float64)
+    out = model(x, "ecg")
+    assert {t.dtype for t in flat(out.states)} == {torch.float64, torch.int64}
+    close(model.step(x[:, 0], "ecg", model.init_state(2)).logits, model(x[:, :1], "ecg").logits, 1e-12)
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(x.float(), "ecg", torch.tensor([0, 1]), lengths=torch.tensor([9, 4]))
+    mixed.loss.backward()
+    plain = model(x.float(), "ecg", torch.tensor([0, 1]), lengths=torch.tensor([9, 4]))
+    assert (mixed.loss - plain.loss).abs() < 0.05
+    assert all(block.mixer.dtype == torch.float32 for block in mixed.states.blocks)
+
+
+def test_compiles_whole():
+    model, x = small(), torch.randn(2, 9, 12)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    close(compiled(x, "ecg", torch.tensor([0, 1])).loss, model(x, "ecg", torch.tensor([0, 1])).loss)
