@@ -119,15 +119,16 @@ def train(
 @contextlib.contextmanager
 def repeatable() -> Iterator[None]:
     """Deterministic algorithms where there is a choice; the settings of before come back."""
-    mode, fill = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode("warn")
     # Fresh memory full of NaN finds bugs in tests; here it costs time.
-    deterministic.fill_uninitialized_memory = False
+    flag = "fill_uninitialized_memory"
+    mode, fill = torch.get_deterministic_debug_mode(), getattr(deterministic, flag)
+    torch.set_deterministic_debug_mode("warn")
+    setattr(deterministic, flag, False)
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        deterministic.fill_uninitialized_memory = fill
+        setattr(deterministic, flag, fill)
 
 
 def announce(console: Console, config: PRISMConfig, sets: Sequence[Data]) -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..data import Batch
@@ -43,6 +43,7 @@ class JointClassifier(lightning.LightningModule):
         self.names = [m.name for m in config.modalities]
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self.label_smoothing = label_smoothing
+        self.pooled = MeanMetric()
         self.accuracy = nn.ModuleDict(
             {m.name: MulticlassAccuracy(m.num_classes, average="micro") for m in config.modalities}
         )
@@ -63,8 +64,13 @@ class JointClassifier(lightning.LightningModule):
         out = self.model(batch.x, name, batch.labels, lengths=batch.lengths)
         accuracy = cast(Metric, self.accuracy[name])
         accuracy.update(out.logits, batch.labels)
+        self.pooled.update((out.logits.argmax(-1) == batch.labels).float())
         self._log(f"{name}/val_loss", cast(Tensor, out.loss), batch)
         self._log(f"{name}/val_accuracy", accuracy, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Accuracy over the validation sequences of all modalities, each counted once."""
+        self.log("val_accuracy", self.pooled)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and its schedule by step."""

@@ -74,7 +74,7 @@ def test_best_weights_are_those_of_the_best_epoch(config):
     class Trainer:
         def __init__(self, epoch, accuracy, loss):
             self.current_epoch = epoch
-            self.callback_metrics = {"a/val_accuracy": accuracy, "a/val_loss": loss}
+            self.callback_metrics = {"val_accuracy": accuracy, "a/val_loss": loss}
 
     for epoch, (accuracy, loss) in enumerate([(0.5, 0.9), (0.8, 0.7), (0.8, 0.6), (0.7, 0.1), (0.8, 0.65)]):
         with torch.no_grad():
