@@ -1,1 +1,6 @@
-"""Training with Lightning (extra `train`). Import the submodules; importing this imports nothing else."""
+"""Training with Lightning. All of it needs the extra `train`."""
+
+from .._extras import need
+
+for _module in ("lightning", "torchmetrics", "rich"):
+    need(_module, "train", "prism_models.training")

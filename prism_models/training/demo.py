@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils import deterministic
 
+from .._extras import need
 from ..data import Data, load
 from ..export import load_pretrained_folder, save_pretrained_folder
 from ..signal import PRISMConfig, PRISMForClassification
@@ -39,6 +40,8 @@ STREAM_TOLERANCE = 1e-4
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration; 0 if the streamed logits equal the one-shot ones."""
     args = parse(argv)
+    for module, extra in (("matplotlib", "plot"), ("safetensors", "train")):
+        need(module, extra, "demo")  # now, rather than after the training
     quiet()
     torch.set_num_threads(args.threads)
     console = Console(highlight=False, soft_wrap=True)

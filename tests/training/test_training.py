@@ -2,6 +2,8 @@
 
 import csv
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -142,6 +144,25 @@ def test_stream_ends_at_the_one_shot_logits(config, sets):
 def test_pictures_are_written(tmp_path):
     confusion_matrices({"a": (torch.eye(3).long(), ["x", "y", "z"])}, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+HIDE = "import sys; sys.modules[{module!r}] = None; "
+USE = "from prism_models.training import demo; "
+
+
+@pytest.mark.parametrize(
+    ("script", "module", "extra"),
+    [
+        (HIDE + USE, "lightning", "train"),
+        (USE + HIDE + "demo.main([])", "matplotlib", "plot"),
+        (USE + HIDE + "demo.main([])", "safetensors", "train"),
+    ],
+)
+def test_a_missing_extra_is_named_before_any_work(script, module, extra):
+    command = [sys.executable, "-c", script.format(module=module)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and f"expected `{module}" in done.stderr
+    assert f'pip install "prism-kernels[{extra}]"' in done.stderr
 
 
 @pytest.mark.full
