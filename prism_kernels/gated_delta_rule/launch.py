@@ -14,8 +14,9 @@ EVERY = 16  # tokens between saved states, token by token
 UNIT_ROWS = 16  # rows per program of `unnormalise_kernel`
 
 # Largest block of values and warps of the state kernels, by padded width of the head; 16-bit operands.
-SCAN = {16: (32, 2), 32: (32, 2), 64: (64, 4), 128: (64, 4)}
-STATES = {16: (32, 2), 32: (32, 2), 64: (64, 4), 128: (32, 4)}
+# Blocks of 64 values would spill in the loop where the table says 32 (128 in both, 64 in `states_kernel`).
+SCAN = {16: (32, 2), 32: (32, 2), 64: (64, 4), 128: (32, 4)}
+STATES = {16: (32, 2), 32: (32, 2), 64: (32, 4), 128: (32, 4)}
 PREPARE_WARPS = {16: 1, 32: 1, 64: 2}  # by chunk size
 
 
@@ -37,8 +38,10 @@ def constants(q: Tensor, v: Tensor, scale: float, l2norm: bool) -> dict:
 
 
 def unpacked(residuals: list[Tensor], l2norm: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """N, P, G and (beta, norm of q, norm of k), where norms that do not exist are any tensor."""
+    """N, P, G and (beta, norm of q, norm of k), where norms that do not exist are any tensor. N and P are two
+    parts each; in 32 bits and more they are one, given twice."""
     N, P, G, tokens = residuals
+    N, P = (x.expand(2, *x.shape[1:]) for x in (N, P))
     return N, P, G, tuple(tokens if l2norm else tokens.expand(3, *tokens.shape[1:]))
 
 
@@ -79,7 +82,7 @@ def chunk_forward(
     launch(
         chunk_forward_kernels.prepare_kernel,
         (steps, B * H),
-        q, k, g, beta, N, P, G, b, norm_q, norm_k, T,
+        q, k, g, beta, *N, *P, G, b, norm_q, norm_k, T,
         BK=padded(K), C=C, HALF=half, LOG_HALF=half.bit_length() - 1,
         num_warps=PREPARE_WARPS[C], num_stages=1,
         **common, **inverse_precision(q.dtype, l2norm),
@@ -89,7 +92,7 @@ def chunk_forward(
     launch(
         chunk_forward_kernels.scan_kernel,
         (triton.cdiv(V, blocks["BV"]), B * H),
-        q, k, v, N, P, G, b, norm_q, norm_k, final if initial_state is None else initial_state,
+        q, k, v, *N, P[0], G, b, norm_q, norm_k, final if initial_state is None else initial_state,
         o, final, T,
         V=V, BK=padded(K), C=C, FIRST=initial_state is not None, **common, **blocks,
     )  # fmt: skip
@@ -121,12 +124,13 @@ def chunk_backward(
     launch(
         chunk_backward_kernels.states_kernel,
         (triton.cdiv(V, blocks["BV"]), B * H, 2),
-        q, k, v, do, N, P, G, b, norm_q, norm_k,
+        q, k, v, do, *N, *P, G, b, norm_q, norm_k,
         dfirst if initial_state is None else initial_state, dfirst if dfinal is None else dfinal,
         *E, *S, *dR, *dS, dfirst, T,
         V=V, BK=padded(K), C=C, FIRST=initial_state is not None, DFINAL=dfinal is not None,
         **common, **blocks,
     )  # fmt: skip
+    warps = 8 if padded(V) == 128 and parts == 2 else 4  # four would spill
     of_rows = accumulate_dtype(q.dtype) if l2norm else q.dtype
     dq, dk = (torch.empty_like(q, dtype=of_rows) for _ in range(2))
     dv, dbeta, dg = torch.empty_like(v), g.new_empty(g.shape), g.new_empty(2, *g.shape)
@@ -134,7 +138,7 @@ def chunk_backward(
         chunk_backward_kernels.inputs_kernel,
         (steps, B * H, 2),
         q, k, do, G, b, norm_q, norm_k, *E, *S, *dR, *dS, dq, dk, dv, dg[0], dg[1], dbeta, T,
-        V=V, BK=min(32, padded(K)), BV=padded(V), C=C, num_warps=4, num_stages=1, **common,
+        V=V, BK=min(32, padded(K)), BV=padded(V), C=C, num_warps=warps, num_stages=1, **common,
     )  # fmt: skip
     if l2norm:
         dq, dk = unnormalise(q, dq), unnormalise(k, dk)

@@ -43,7 +43,7 @@ def chunk_residuals(
 
         C = inner_chunk(C, K, V, q.dtype)
         padded = (T + C - 1) // C * C
-        square = ((B, HV, padded, C), q.dtype)
+        square = ((2 if q.dtype.itemsize == 2 else 1, B, HV, padded, C), q.dtype)
         # Differences of G must be exact to the last bit of what they decay.
         G = ((B, HV, padded), torch.float64 if q.dtype.itemsize > 2 else torch.float32)
         return [square, square, G, ((3 if l2norm else 1, B, HV, padded), wide)]

@@ -4,31 +4,24 @@ import triton
 import triton.language as tl
 
 from ..._core.tl_math import dot, narrow
-from .common import decays, load_norm, load_tokens, load_tokens_across
-
-
-@triton.jit
-def store_parts(p, p_low, o, x, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
-    """`x` as the operand of products and, where that is narrower, what it leaves out:
-    dbeta and dg need both."""
-    high = narrow(x, DTYPE)
-    tl.store(p + o, high, mask=m)
-    if DTYPE != ACC:
-        tl.store(p_low + o, narrow(x - high.to(ACC), DTYPE), mask=m)
-
-
-@triton.jit
-def load_parts(p, p_low, o, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
-    """What `store_parts` stored."""
-    x = tl.load(p + o, mask=m, other=0.0).to(ACC)
-    if DTYPE != ACC:
-        x += tl.load(p_low + o, mask=m, other=0.0).to(ACC)
-    return x
+from .common import (
+    decays,
+    dot_parts,
+    load_norm,
+    load_parts,
+    load_square,
+    load_sum,
+    load_tokens,
+    load_tokens_across,
+    split,
+    store_parts,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
 def states_kernel(
-    p_q, p_k, p_v, p_do, p_N, p_P, p_G, p_b, p_norm_q, p_norm_k, p_first, p_dfinal,
+    p_q, p_k, p_v, p_do, p_N, p_N_low, p_P, p_P_low, p_G, p_b, p_norm_q, p_norm_k,
+    p_first, p_dfinal,
     p_E, p_E_low, p_S, p_S_low, p_dR, p_dR_low, p_dS, p_dS_low, p_dfirst,
     T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -57,21 +50,22 @@ def states_kernel(
             tokens = (i_b * T + i_c * C) * H + i_h
             k = load_tokens(p_k + tokens * K, o_c, o_k, rest, H, K)
             v = load_tokens(p_v + tokens * V, o_c, o_v, rest, H, V)
-            N = tl.load(p_N + rows * C + o_cc)
+            N, N_low = load_square(p_N, p_N_low, rows * C + o_cc, DTYPE, ACC)
             G = tl.load(p_G + rows + o_c)
             beta = tl.load(p_b + rows + o_c)
             G_end = tl.load(p_G + rows + C - 1)
             norm_k = load_norm(p_norm_k + rows, o_c, L2, ACC)
             tail = tl.exp2(G_end - G).to(ACC) * norm_k
-            held = narrow(S, DTYPE)
+            held, held_low = split(S, DTYPE, ACC)
             start = (i_bh * steps + i_c) * K * V
-            store_parts(p_S + start, p_S_low + start, o_kv, S, m_kv, DTYPE, ACC)
+            store_parts(p_S + start, p_S_low + start, o_kv, held, held_low, m_kv, DTYPE, ACC)
             gamma = tl.exp2(G).to(ACC) * norm_k
             error = v.to(ACC) - dot(k, held, DTYPE, PRECISION, ACC) * gamma[:, None]
-            error += dot(N, error * beta[:, None], DTYPE, PRECISION, ACC)
-            store_parts(p_E + rows * V, p_E_low + rows * V, o_cv, error, m_v, DTYPE, ACC)
-            S = S * tl.exp2(G_end).to(ACC)
-            S += dot(tl.trans(k), error * (beta * tail)[:, None], DTYPE, PRECISION, ACC)
+            error += dot_parts(N, N_low, narrow(error * beta[:, None], DTYPE), None, DTYPE, PRECISION, ACC)
+            E, E_low = split(error, DTYPE, ACC)
+            store_parts(p_E + rows * V, p_E_low + rows * V, o_cv, E, E_low, m_v, DTYPE, ACC)
+            U, U_low = split(error * (beta * tail)[:, None], DTYPE, ACC)
+            S = S * tl.exp2(G_end).to(ACC) + dot_parts(tl.trans(k), None, U, U_low, DTYPE, PRECISION, ACC)
     else:
         dS = tl.zeros([BK, BV], ACC)
         if DFINAL:
@@ -84,8 +78,8 @@ def states_kernel(
             k = load_tokens(p_k + tokens * K, o_c, o_k, rest, H, K)
             q = load_tokens(p_q + tokens * K, o_c, o_k, rest, H, K)
             do = load_tokens(p_do + tokens * V, o_c, o_v, rest, H, V)
-            N = tl.load(p_N + rows * C + o_cc)
-            P = tl.load(p_P + rows * C + o_cc)
+            N, N_low = load_square(p_N, p_N_low, rows * C + o_cc, DTYPE, ACC)
+            P, P_low = load_square(p_P, p_P_low, rows * C + o_cc, DTYPE, ACC)
             G = tl.load(p_G + rows + o_c)
             beta = tl.load(p_b + rows + o_c)
             G_first, G_end = tl.load(p_G + rows), tl.load(p_G + rows + C - 1)
@@ -93,13 +87,15 @@ def states_kernel(
             norm_q = load_norm(p_norm_q + rows, o_c, L2, ACC)
             # From the first token on: its share must not vanish in 16 bits under a strong decay before it.
             gamma, tail = tl.exp2(G - G_first).to(ACC), tl.exp2(G_end - G).to(ACC) * norm_k
-            held = narrow(dS, DTYPE)
+            held, held_low = split(dS, DTYPE, ACC)
             start = (i_bh * steps + i_c) * K * V
-            store_parts(p_dS + start, p_dS_low + start, o_kv, dS, m_kv, DTYPE, ACC)
-            dU = dot(k, held, DTYPE, PRECISION, ACC) * tail[:, None]
-            dU += dot(tl.trans(P), do, DTYPE, PRECISION, ACC)
-            dR = dU + dot(tl.trans(N), dU * beta[:, None], DTYPE, PRECISION, ACC)
-            store_parts(p_dR + rows * V, p_dR_low + rows * V, o_cv, dR, m_v, DTYPE, ACC)
+            store_parts(p_dS + start, p_dS_low + start, o_kv, held, held_low, m_kv, DTYPE, ACC)
+            dU = dot_parts(k, None, held, held_low, DTYPE, PRECISION, ACC) * tail[:, None]
+            dU += dot_parts(tl.trans(P), tl.trans(P_low), do, None, DTYPE, PRECISION, ACC)
+            x, x_low = split(dU * beta[:, None], DTYPE, ACC)
+            dR = dU + dot_parts(tl.trans(N), tl.trans(N_low), x, x_low, DTYPE, PRECISION, ACC)
+            high, low = split(dR, DTYPE, ACC)
+            store_parts(p_dR + rows * V, p_dR_low + rows * V, o_cv, high, low, m_v, DTYPE, ACC)
             dS *= tl.exp2(G_end - G_first).to(ACC)
             dS += dot(tl.trans(q), do.to(ACC) * (gamma * norm_q * SCALE)[:, None], DTYPE, PRECISION, ACC)
             dS -= dot(tl.trans(k), dR * (gamma * norm_k * beta)[:, None], DTYPE, PRECISION, ACC)
@@ -139,19 +135,21 @@ def inputs_kernel(
     gamma = tl.exp2(G).to(ACC)
     norm_k, norm_q = load_norm(p_norm_k + rows, o_c, L2, ACC), load_norm(p_norm_q + rows, o_c, L2, ACC)
     do = load_tokens(p_do + tokens * V, o_c, o_v, rest, H, V)
-    error = tl.load(p_E + o_cv, mask=m_v, other=0.0)  # the write is U = beta E
+    error, error_low = load_parts(p_E, p_E_low, o_cv, m_v, DTYPE, ACC)  # the write is U = beta E
     dG = tl.zeros([C], ACC)
 
     if tl.program_id(2) == 0:
-        E_across = dot(error, tl.trans(do), DTYPE, PRECISION, ACC) * (beta * norm_k * SCALE)[:, None]
+        E_across = dot_parts(error, error_low, tl.trans(do), None, DTYPE, PRECISION, ACC)
+        E_across *= (beta * norm_k * SCALE)[:, None]
         E_across *= decays(G[None, :], G[:, None], o_c[None, :] >= o_c[:, None], ACC)
         kq = tl.zeros([C, C], ACC)
         for i_k in range(0, tl.cdiv(K, BK)):
             o_k = i_k * BK + tl.arange(0, BK)
             q = load_tokens_across(p_q + tokens * K, o_c, o_k, rest, H, K)
             k = load_tokens_across(p_k + tokens * K, o_c, o_k, rest, H, K)
-            S = tl.load(p_S + o_k[:, None] * V + o_v[None, :], mask=(o_k < K)[:, None] & m_v, other=0.0)
-            dq = dot(S, tl.trans(do), DTYPE, PRECISION, ACC) * (gamma * SCALE)[None, :]
+            o_kv, m_kv = o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & m_v
+            S, S_low = load_parts(p_S, p_S_low + start, o_kv, m_kv, DTYPE, ACC)
+            dq = dot_parts(S, S_low, tl.trans(do), None, DTYPE, PRECISION, ACC) * (gamma * SCALE)[None, :]
             dG += tl.sum(q.to(ACC) * dq, 0) * norm_q
             kq += dot(tl.trans(k), q, DTYPE, PRECISION, ACC)
             dq += dot(k, E_across, DTYPE, PRECISION, ACC)
@@ -165,10 +163,11 @@ def inputs_kernel(
         lower, upper = o_c[:, None] > o_c[None, :], o_c[:, None] < o_c[None, :]
         G_end = tl.load(p_G + rows + C - 1)
         tail = tl.exp2(G_end - G).to(ACC) * beta
-        dR = tl.load(p_dR + o_cv, mask=m_v, other=0.0)
+        dR, dR_low = load_parts(p_dR, p_dR_low, o_cv, m_v, DTYPE, ACC)
         E = dot(do, tl.trans(error), DTYPE, PRECISION, ACC) * (norm_q * SCALE)[:, None] * beta[None, :]
         E = narrow(E * decays(G[:, None], G[None, :], o_c[:, None] >= o_c[None, :], ACC), DTYPE)
-        M = -dot(dR, tl.trans(error), DTYPE, PRECISION, ACC) * beta[:, None] * beta[None, :]
+        M = -dot_parts(dR, dR_low, tl.trans(error), tl.trans(error_low), DTYPE, PRECISION, ACC)
+        M *= beta[:, None] * beta[None, :]
         M *= decays(G[:, None], G[None, :], lower, ACC)
         M_across = -dot(error, tl.trans(dR), DTYPE, PRECISION, ACC) * beta[:, None] * beta[None, :]
         M_across *= decays(G[None, :], G[:, None], upper, ACC)
@@ -179,12 +178,13 @@ def inputs_kernel(
             o_k = i_k * BK + tl.arange(0, BK)
             q = load_tokens_across(p_q + tokens * K, o_c, o_k, rest, H, K)
             k = load_tokens_across(p_k + tokens * K, o_c, o_k, rest, H, K)
-            m_k = (o_k < K)[:, None]
-            S = tl.load(p_S + o_k[:, None] * V + o_v[None, :], mask=m_k & m_v, other=0.0)
-            dS = tl.load(p_dS + o_k[:, None] * V + o_v[None, :], mask=m_k & m_v, other=0.0)
+            o_kv, m_kv = o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & m_v
+            S = tl.load(p_S + o_kv, mask=m_kv, other=0.0)
+            dS, dS_low = load_parts(p_dS, p_dS_low + start, o_kv, m_kv, DTYPE, ACC)
             kk += dot(tl.trans(k), k, DTYPE, PRECISION, ACC)
             from_r = dot(S, tl.trans(dR), DTYPE, PRECISION, ACC) * (gamma * beta)[None, :]
-            to_state = dot(dS, tl.trans(error), DTYPE, PRECISION, ACC) * tail[None, :]
+            to_state = dot_parts(dS, dS_low, tl.trans(error), tl.trans(error_low), DTYPE, PRECISION, ACC)
+            to_state *= tail[None, :]
             ks = tl.sum(k.to(ACC) * to_state, 0) * norm_k
             dG -= tl.sum(k.to(ACC) * from_r, 0) * norm_k + ks
             kept += ks
@@ -192,17 +192,17 @@ def inputs_kernel(
             dk += dot(q, E, DTYPE, PRECISION, ACC)
             dk += dot(k, Z, DTYPE, PRECISION, ACC)
             p = p_dk + tokens * K + o_c[None, :] * (H * K) + o_k[:, None]
-            tl.store(p, narrow(dk, p_dk.dtype.element_ty), mask=m_k & m_t[None, :])
+            tl.store(p, narrow(dk, p_dk.dtype.element_ty), mask=(o_k < K)[:, None] & m_t[None, :])
         for i_k in range(0, tl.cdiv(K, BK)):
             o_k = i_k * BK + tl.arange(0, BK)
             o_kv, m_kv = o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & m_v
-            S_all = load_parts(p_S, p_S_low + start, o_kv, m_kv, DTYPE, ACC)
-            end += tl.sum(S_all * load_parts(p_dS, p_dS_low + start, o_kv, m_kv, DTYPE, ACC), 1)
+            S_all = load_sum(p_S, p_S_low + start, o_kv, m_kv, DTYPE, ACC)
+            end += tl.sum(S_all * load_sum(p_dS, p_dS_low + start, o_kv, m_kv, DTYPE, ACC), 1)
         M *= kk * norm_k[:, None] * norm_k[None, :]
         dG += tl.where(o_c == C - 1, tl.sum(end, 0) * tl.exp2(G_end).to(ACC) + tl.sum(kept, 0), 0.0)
         dG += tl.sum(M, 1) - tl.sum(M, 0)
-        dR_all = load_parts(p_dR, p_dR_low, o_cv, m_v, DTYPE, ACC)
-        E_all = load_parts(p_E, p_E_low, o_cv, m_v, DTYPE, ACC)
+        dR_all = load_sum(p_dR, p_dR_low, o_cv, m_v, DTYPE, ACC)
+        E_all = load_sum(p_E, p_E_low, o_cv, m_v, DTYPE, ACC)
         p = p_dv + tokens * V + o_c[:, None] * (H * V) + o_v[None, :]
         tl.store(p, narrow(dR_all * beta[:, None], DTYPE), mask=m_t[:, None] & m_v)
         tl.store(p_dbeta + tokens + o_c * H, tl.sum(dR_all * E_all, 1), mask=m_t)

@@ -4,7 +4,18 @@ import triton
 import triton.language as tl
 
 from ..._core.tl_math import dot, narrow
-from .common import LOG2E, coupling, coupling_step, decays, load_norm, load_tokens
+from .common import (
+    LOG2E,
+    coupling,
+    coupling_step,
+    decays,
+    dot_parts,
+    load_norm,
+    load_square,
+    load_tokens,
+    split,
+    store_square,
+)
 
 
 @triton.jit
@@ -41,7 +52,7 @@ def store_tokens(p_G, p_b, p_norm_q, p_norm_k, o, G, beta, norm_q, norm_k, L2: t
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     p_q, p_k, p_g, p_beta,
-    p_N, p_P, p_G, p_b, p_norm_q, p_norm_k,
+    p_N, p_N_low, p_P, p_P_low, p_G, p_b, p_norm_q, p_norm_k,
     T,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     HALF: tl.constexpr, LOG_HALF: tl.constexpr, SCALE: tl.constexpr, L2: tl.constexpr,
@@ -72,7 +83,7 @@ def prepare_kernel(
     G1 = tl.cumsum(tl.load(p_g + o_c * H, mask=o_c < rest, other=0.0).to(GACC) * LOG2E, 0)
     D = decays(G1[:, None], G1[None, :], m_read, ACC)
     W11, P11 = block_pair(q1, k1, k1, D, norm_q1 * SCALE, norm_k1, norm_k1, DTYPE, PRECISION, ACC)
-    tl.store(p_P + o_cc, narrow(P11, DTYPE))
+    store_square(p_P, p_P_low, o_cc, P11, DTYPE, ACC)
     store_tokens(p_G, p_b, p_norm_q, p_norm_k, rows + o_c, G1, beta1, norm_q1, norm_k1, L2)
     if HALF < C:
         o_d = o_c + HALF
@@ -85,24 +96,25 @@ def prepare_kernel(
         W21, P21 = block_pair(q2, k2, k1, D, norm_q2 * SCALE, norm_k2, norm_k1, DTYPE, PRECISION, ACC)
         D = decays(G2[:, None], G2[None, :], m_read, ACC)
         W22, P22 = block_pair(q2, k2, k2, D, norm_q2 * SCALE, norm_k2, norm_k2, DTYPE, PRECISION, ACC)
-        tl.store(p_P + o_cc + HALF, tl.zeros([HALF, HALF], DTYPE))
-        tl.store(p_P + o_cc + HALF * C, narrow(P21, DTYPE))
-        tl.store(p_P + o_cc + HALF * C + HALF, narrow(P22, DTYPE))
+        none = tl.zeros([HALF, HALF], ACC)
+        store_square(p_P, p_P_low, o_cc + HALF, none, DTYPE, ACC)
+        store_square(p_P, p_P_low, o_cc + HALF * C, P21, DTYPE, ACC)
+        store_square(p_P, p_P_low, o_cc + HALF * C + HALF, P22, DTYPE, ACC)
         store_tokens(p_G, p_b, p_norm_q, p_norm_k, rows + o_d, G2, beta2, norm_q2, norm_k2, L2)
 
     N11 = coupling(W11, beta1, HALF, LOG_HALF, INVERSE, INVERSE_PRECISION, ACC)
-    tl.store(p_N + o_cc, narrow(N11, DTYPE))
+    store_square(p_N, p_N_low, o_cc, N11, DTYPE, ACC)
     if HALF < C:
         N22 = coupling(W22, beta2, HALF, LOG_HALF, INVERSE, INVERSE_PRECISION, ACC)
         N21 = coupling_step(N22, W21, N11, beta2, beta1, HALF, INVERSE, INVERSE_PRECISION, ACC)
-        tl.store(p_N + o_cc + HALF, tl.zeros([HALF, HALF], DTYPE))
-        tl.store(p_N + o_cc + HALF * C, narrow(N21, DTYPE))
-        tl.store(p_N + o_cc + HALF * C + HALF, narrow(N22, DTYPE))
+        store_square(p_N, p_N_low, o_cc + HALF, tl.zeros([HALF, HALF], ACC), DTYPE, ACC)
+        store_square(p_N, p_N_low, o_cc + HALF * C, N21, DTYPE, ACC)
+        store_square(p_N, p_N_low, o_cc + HALF * C + HALF, N22, DTYPE, ACC)
 
 
 @triton.jit(do_not_specialize=["T"])
 def scan_kernel(
-    p_q, p_k, p_v, p_N, p_P, p_G, p_b, p_norm_q, p_norm_k, p_first,
+    p_q, p_k, p_v, p_N, p_N_low, p_P, p_G, p_b, p_norm_q, p_norm_k, p_first,
     p_o, p_final,
     T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -128,7 +140,7 @@ def scan_kernel(
         k = load_tokens(p_k + tokens * K, o_c, o_k, rest, H, K)
         q = load_tokens(p_q + tokens * K, o_c, o_k, rest, H, K)
         v = load_tokens(p_v + tokens * V, o_c, o_v, rest, H, V)
-        N = tl.load(p_N + rows * C + o_cc)
+        N, N_low = load_square(p_N, p_N_low, rows * C + o_cc, DTYPE, ACC)
         P = tl.load(p_P + rows * C + o_cc)
         G = tl.load(p_G + rows + o_c)
         beta = tl.load(p_b + rows + o_c)
@@ -138,10 +150,11 @@ def scan_kernel(
         held = narrow(S, DTYPE)
         error = v.to(ACC) - (gamma * norm_k)[:, None] * dot(k, held, DTYPE, PRECISION, ACC)
         o = dot(q, held, DTYPE, PRECISION, ACC) * (gamma * norm_q * SCALE)[:, None]
-        error += dot(N, error * beta[:, None], DTYPE, PRECISION, ACC)
-        U = error * beta[:, None]
-        o += dot(P, U, DTYPE, PRECISION, ACC)
-        S = S * tl.exp2(G_end).to(ACC) + dot(tl.trans(k), U * tail[:, None], DTYPE, PRECISION, ACC)
+        R, R_low = split(error * beta[:, None], DTYPE, ACC)
+        error += dot_parts(N, N_low, R, R_low, DTYPE, PRECISION, ACC)
+        o += dot(P, error * beta[:, None], DTYPE, PRECISION, ACC)
+        U, U_low = split(error * (beta * tail)[:, None], DTYPE, ACC)
+        S = S * tl.exp2(G_end).to(ACC) + dot_parts(tl.trans(k), None, U, U_low, DTYPE, PRECISION, ACC)
         m_o = (o_c < rest)[:, None] & (o_v < V)[None, :]
         tl.store(p_o + tokens * V + o_c[:, None] * (H * V) + o_v[None, :], narrow(o, DTYPE), mask=m_o)
     tl.store(p_final + o_state, S, mask=m_state)

@@ -12,9 +12,76 @@ and columns of results instead, in ACC: exact, and no operand has to pass throug
 import triton
 import triton.language as tl
 
-from ..._core.tl_math import dot
+from ..._core.tl_math import dot, narrow
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def split(x, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """`x` rounded to DTYPE, and what that leaves out, rounded likewise (any tensor where DTYPE is ACC)."""
+    high = narrow(x, DTYPE)
+    if DTYPE != ACC:
+        return high, narrow(x - high.to(ACC), DTYPE)
+    else:
+        return high, high
+
+
+@triton.jit
+def dot_parts(a, a_low, b, b_low, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """Product of operands of which those with a `low` part (not None) come in two parts."""
+    product = dot(a, b, DTYPE, PRECISION, ACC)
+    if DTYPE != ACC:
+        if a_low is not None:
+            product += dot(a_low, b, DTYPE, PRECISION, ACC)
+        if b_low is not None:
+            product += dot(a, b_low, DTYPE, PRECISION, ACC)
+    return product
+
+
+@triton.jit
+def store_parts(p, p_low, o, high, low, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """Both parts that `split` gave, the second where there is one."""
+    tl.store(p + o, high, mask=m)
+    if DTYPE != ACC:
+        tl.store(p_low + o, low, mask=m)
+
+
+@triton.jit
+def load_parts(p, p_low, o, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """What `store_parts` stored."""
+    high = tl.load(p + o, mask=m, other=0.0)
+    if DTYPE != ACC:
+        return high, tl.load(p_low + o, mask=m, other=0.0)
+    else:
+        return high, high
+
+
+@triton.jit
+def load_sum(p, p_low, o, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """The number that `store_parts` stored."""
+    high, low = load_parts(p, p_low, o, m, DTYPE, ACC)
+    if DTYPE != ACC:
+        return high.to(ACC) + low.to(ACC)
+    else:
+        return high
+
+
+@triton.jit
+def store_square(p, p_low, o, x, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """Split a whole block and store both parts."""
+    high, low = split(x, DTYPE, ACC)
+    store_parts(p, p_low, o, high, low, None, DTYPE, ACC)
+
+
+@triton.jit
+def load_square(p, p_low, o, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """What `store_square` stored."""
+    high = tl.load(p + o)
+    if DTYPE != ACC:
+        return high, tl.load(p_low + o)
+    else:
+        return high, high
 
 
 @triton.jit
