@@ -12,6 +12,8 @@ from hypothesis import settings
 
 from prism_kernels.testing.guards import poisoned_memory
 
+torch.set_num_threads(1)  # threads cost more than they bring at these sizes, and pytest-xdist uses the cores
+
 settings.register_profile("dev", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")

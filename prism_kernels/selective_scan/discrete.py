@@ -81,8 +81,8 @@ def discretise(dt: Tensor, A: Tensor, euler: bool) -> tuple[Tensor, Tensor]:
             rise = torch.complex(torch.expm1(x).mul_(cos).sub_(half, alpha=2), sin)
     if euler:
         return a, dt.to(a.dtype)
-    w = rise.mul_(inverse(A))
-    return a, w.add_(dt * (A.abs() < VANISHING))
+    w, vanishing = rise.mul_(inverse(A)), A.abs() < VANISHING
+    return a, w.add_(dt * vanishing) if vanishing.any() else w
 
 
 def inverse(A: Tensor) -> Tensor:
@@ -97,9 +97,7 @@ def rate_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of dt [...,H,c] and A [H,N] from those of theta = dt A (through exp alone) and of w.
 
-    ddt = Re sum_n dtheta conj(A) + dw conj(a) and dA = sum_t dt dtheta + dw conj(chi) with
-    chi = dw/dA = (dt a - w) / A. Near dt A = 0, where that cancels, chi is a power series in dt, so
-    its sum over time is a product with powers of dt.
+    ddt = Re sum_n dtheta conj(A) + dw conj(a) and dA = sum_t dt dtheta + dw conj(chi), chi = dw/dA.
     """
     lead = tuple(range(dt.ndim - 2))
     through_w = dw if p.euler else dw * a_conj
@@ -108,10 +106,20 @@ def rate_gradients(
     dA = unflat((dt[..., None, :] @ flat(dtheta)).squeeze(-2).sum(lead), dtheta)
     if p.euler:
         return ddt, dA
-    far = dt[..., None] * p.A.abs()[:, None] >= SERIES_BELOW
-    near = dw.masked_fill(far, 0)
-    away = (dw - near).mul_(dt[..., None] * a_conj - conj(w)).sum((*lead, -2))
-    return ddt, dA + away * conj(inverse(p.A)) + near_zero(near, dt, p.A)
+    return ddt, dA + weight_gradient(dw, a_conj, w, dt, p.A)
+
+
+def weight_gradient(dw: Tensor, a_conj: Tensor, w: Tensor, dt: Tensor, A: Tensor) -> Tensor:
+    """sum_t dw conj(dw/dA), r or c[H,N].
+
+    dw/dA = chi = (dt a - w) / A. Near dt A = 0, where that cancels, chi is a power series in dt, so
+    its sum over time is a product with powers of dt. Which of the two holds for a mode, its largest
+    step tells: the cancellation in its smaller steps is small beside that one.
+    """
+    lead = (*range(dt.ndim - 2), -2)
+    far = dt.amax((*lead[:-1], -1))[:, None] * A.abs() >= SERIES_BELOW
+    away = (dt[..., None] * a_conj).sub_(conj(w)).mul_(dw).sum(lead)
+    return torch.where(far, away * conj(inverse(A)), near_zero(dw, dt, A))
 
 
 def near_zero(dw: Tensor, dt: Tensor, A: Tensor) -> Tensor:

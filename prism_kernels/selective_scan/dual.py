@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import blocks
-from .discrete import Params, ScanGradients, conj, discretise, flat, rate_gradients, unflat
+from .discrete import Params, ScanGradients, conj, discretise, flat, unflat, weight_gradient
 
 CHUNK = 16
 LIMIT = {torch.float32: 40.0, torch.float64: 300.0}
@@ -21,72 +21,81 @@ LIMIT = {torch.float32: 40.0, torch.float64: 300.0}
 
 @dataclass(frozen=True)
 class Factors:
-    """What a chunk needs, each [m,B,H,c,N] (m chunks of c tokens); Q, L and a conjugated."""
+    """What a chunk needs, each [m,B,H,c,N] (m chunks of c tokens); a, Q and growth conjugated."""
 
     a: Tensor
     w: Tensor
     Q: Tensor  # decay from the start of the chunk through t
-    Q_inverse: Tensor
-    L: Tensor  # decay from after t to the end of the chunk
-    W: Tensor  # conj(w B)
+    growth: Tensor  # its inverse
     G: Tensor
     K: Tensor
-    F: Tensor
-    B: Tensor
-    C: Tensor
 
 
 def forward(u: Tensor, dt: Tensor, p: Params, states: Tensor) -> Tensor:
     """Return y [B,T,H,P] of m chunks that start from states[0], and write states[1:]."""
     T = u.shape[1]
     u_c, dt_c, f = to_chunks(u), to_chunks(dt), factors(dt, p)
-    states[1:] = unflat(u_c.transpose(-1, -2) @ flat(f.F), states)
-    for k, decay in enumerate(conj(f.Q[..., -1:, :])):
-        states[k + 1].addcmul_(decay, states[k])
-    y = mixing(f) @ u_c + flat(f.G) @ flat(states[:-1]).transpose(-1, -2)
     stiff = is_stiff(dt_c, p)
-    if stiff.any():
-        y = torch.where(stiff[..., None], forward_by_blocks(u, dt, p, states, y), y)
+    entered = unflat(u_c.mT @ flat(f.K), states)  # the input of a chunk, as if it came before the chunk
+    exact = {}
+    for k, is_exact in enumerate(stiff.flatten(1).any(1).tolist()):
+        if is_exact:
+            time = slice(k * CHUNK, min((k + 1) * CHUNK, T))
+            exact[k] = blocks.forward(u[:, time], dt[:, time], p.token_slice(time), states[k : k + 2])
+        else:
+            torch.mul(entered[k].add_(states[k]), conj(f.Q[k, ..., -1:, :]), out=states[k + 1])
+    y = add_product(mixing(f) @ u_c, flat(f.G), flat(states[:-1]).mT)
+    for k, rows in exact.items():
+        y[k] = torch.where(stiff[k][..., None], to_chunks(rows)[0], y[k])
     return from_chunks(y, T)
 
 
 def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: Tensor) -> ScanGradients:
     """Gradients of m chunks from g = dL/dy and eta = dL/d(the end state)."""
+    T, H = u.shape[1:3]
     u_c, g_c, dt_c = to_chunks(u), to_chunks(g), to_chunks(dt)
     if is_stiff(dt_c, p).any():
         return backward_by_blocks(g, u, dt, p, states, eta)
     f = factors(dt, p)
     etas = torch.empty_like(states)
-    etas[:-1] = unflat(g_c.transpose(-1, -2) @ flat(f.G), states)
+    etas[:-1] = unflat(g_c.mT @ flat(f.G), states)
     etas[-1] = eta
-    carried = torch.empty_like(states[:-1])  # dL/d(start state) through the end state alone
-    for k in reversed(range(len(carried))):
-        torch.mul(f.Q[k, ..., -1:, :], etas[k + 1], out=carried[k])
-        etas[k] += carried[k]
+    entered = torch.empty_like(states[:-1])  # dL/d(what enters a chunk at its start), through its end
+    for k in reversed(range(len(entered))):
+        torch.mul(f.Q[k, ..., -1:, :], etas[k + 1], out=entered[k])
+        etas[k] += entered[k]
 
-    du = mixing(f).transpose(-1, -2) @ g_c + flat(f.F) @ flat(etas[1:]).transpose(-1, -2)
-    # the diagonal of M does not depend on the decay: kept apart, it cannot spoil small gradients of it
-    dM = g_c @ u_c.transpose(-1, -2)
-    own = dM.diagonal(0, -2, -1)[..., None] * p.kappa
-    dM = dM.tril(-1)
-    dG = unflat(dM @ flat(f.K) + g_c @ flat(states[:-1]), f.G)
-    dK = unflat(dM.transpose(-1, -2) @ flat(f.G), f.G)
-    dF = unflat(u_c @ flat(etas[1:]), f.G)
+    du = add_product(mixing(f).mT @ g_c, flat(f.K), flat(entered).mT)
+    dM = g_c @ u_c.mT
+    dM_own = torch.diagonal(dM, dim1=-2, dim2=-1).clone()  # a token's own share of its output: no decay in it
+    dM.tril_(-1)
+    dG = unflat(add_product(dM @ flat(f.K), g_c, flat(states[:-1])), f.G)
+    dK_inside, dK_end = (unflat(x, f.G) for x in (dM.mT @ flat(f.G), u_c @ flat(entered)))
 
-    dC = dG.mul_(conj(f.Q)).mul_(p.kappa)
-    since = f.C * conj(dC)
-    dC += own * conj(f.W)
-    dW_inside, dW_end = dK.mul_(f.Q_inverse), dF.mul_(f.L)
-    dW = (dW_inside + dW_end).add_(own * f.C)
-    since -= dW_inside.mul_(f.W)
-    until = dW_end.mul_(f.W)
-    at_start = (carried * conj(states[:-1])).sum(-2)[..., None, :]
-    ones = dt.new_ones(CHUNK, CHUNK)
-    dtheta = unflat(ones.triu() @ flat(since) + ones.tril(-1) @ flat(until), f.G).add_(at_start)
-    dB = fold(dW * conj(f.w), p.B, u.shape[1])
-    ddt, dA = rate_gradients(dtheta, dW.mul_(conj(f.B)), f.a, f.w, dt_c, p)
-    T = u.shape[1]
-    return ScanGradients(from_chunks(du, T), from_chunks(ddt, T), dA, dB, fold(dC, p.C, T), etas[0])
+    # Gradients of exponents of A: from s to t inside the chunk (theta), from s to its end, over all of it.
+    # Each is summed by itself; together they would cancel.
+    read, driven = conj_(dG).mul_(f.Q), dK_inside.mul_(f.growth)  # conj(dC) / kappa, and dL/d(w B)
+    driven_end = dK_end.mul_(f.growth)
+    B, C = per_token(p.B, H), p.kappa * per_token(p.C, H)
+    B_conj = conj(B)
+    W_conj = conj(f.w) * B_conj
+    own = dM_own[..., None].to(f.w.dtype)
+    dC = fold(p.kappa * (conj(read) + own * (f.w * B)), p.C, T)
+    theta = read.mul_(C).sub_(driven * W_conj)
+    to_end = driven_end * W_conj
+    whole = (entered * conj(states[:-1])).sum(-2)[..., None, :]
+    S = dt_c.cumsum(-1)
+    dS, dS_end = over_modes(theta, p.A), over_modes(to_end, p.A)
+    ddt = dS.flip(-1).cumsum(-1).flip(-1) + dS_end.cumsum(-1).sub_(dS_end) + over_modes(whole, p.A)
+    dA = over_time(S, theta) + over_time(S[..., -1:] - S, to_end) + over_time(S[..., -1:], whole)
+
+    driven.add_(driven_end).addcmul_(own, C)
+    dB = fold(driven * conj(f.w), p.B, T)
+    dw = driven.mul_(B_conj)
+    ddt += real(dw if p.euler else dw * f.a).sum(-1)
+    if not p.euler:
+        dA += weight_gradient(dw, f.a, f.w, dt_c, p.A)
+    return ScanGradients(from_chunks(du, T), from_chunks(ddt, T), dA, dB, dC, etas[0])
 
 
 def factors(dt: Tensor, p: Params) -> Factors:
@@ -94,34 +103,49 @@ def factors(dt: Tensor, p: Params) -> Factors:
     H = dt.shape[2]
     a, w = discretise(to_chunks(dt)[..., None], p.A[:, None], p.euler)
     w = w.expand(a.shape)
-    Q, L = a.clone(), torch.ones_like(a)
+    Q = a.clone()
     for t in range(1, CHUNK):
         Q[..., t, :] *= Q[..., t - 1, :]
-        torch.mul(L[..., CHUNK - t, :], a[..., CHUNK - t, :], out=L[..., CHUNK - t - 1, :])
-    B, C = per_token(p.B, H), per_token(p.C, H)
-    Q_inverse, W = Q.reciprocal(), conj(w * B)
-    G = (Q * C).mul_(p.kappa)
-    return Factors(a, w, Q, Q_inverse, L, W, G, conj(W * Q_inverse), conj(W * L), B, C)
+    growth = Q.reciprocal()
+    G = Q * (p.kappa * per_token(p.C, H))
+    return Factors(a, w, Q, growth, G, conj(growth).mul(w).mul_(per_token(p.B, H)))
 
 
 def mixing(f: Factors) -> Tensor:
     """M [m,B,H,c,c], zero above the diagonal."""
-    return (flat(f.G) @ flat(f.K).transpose(-1, -2)).tril_()
+    return (flat(f.G) @ flat(f.K).mT).tril_()
+
+
+def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a b, in place of x."""
+    x.view(-1, *x.shape[-2:]).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
+    return x
+
+
+def over_time(rate: Tensor, x: Tensor) -> Tensor:
+    """Sum of x [m,B,H,c,N] over chunks, batch and tokens, weighted by rate [m,B,H,c]: [H,N]."""
+    return unflat((rate[..., None, :] @ flat(x)).squeeze(-2).sum((0, 1)), x)
+
+
+def over_modes(x: Tensor, y: Tensor) -> Tensor:
+    """Re sum_n conj(y) x for x [m,B,H,c,N] and y [H,N]: [m,B,H,c]."""
+    return (flat(x) @ flat(y)[:, :, None]).squeeze(-1)
+
+
+def real(x: Tensor) -> Tensor:
+    """The real part; a real one as it is."""
+    return x.real if x.is_complex() else x
+
+
+def conj_(x: Tensor) -> Tensor:
+    """The conjugate, in place of x."""
+    return x.conj_physical_() if x.is_complex() else x
 
 
 def is_stiff(dt: Tensor, p: Params) -> Tensor:
     """[m,B,H,c]: whether some state has decayed by more than LIMIT since the start of the chunk."""
     rate = (p.A.real if p.A.is_complex() else p.A).abs().amax(-1)
     return dt.cumsum(-1) * rate[:, None] > LIMIT[dt.dtype]
-
-
-def forward_by_blocks(u: Tensor, dt: Tensor, p: Params, states: Tensor, y: Tensor) -> Tensor:
-    """The outputs of every chunk, token by token, from the states at its start."""
-    runs = [
-        blocks.forward(u[:, time], dt[:, time], p.token_slice(time), states[k : k + 2].clone())
-        for k, time in enumerate(chunk_slices(u.shape[1]))
-    ]
-    return to_chunks(torch.cat(runs, 1))
 
 
 def backward_by_blocks(
