@@ -5,10 +5,13 @@ lack part of its memory; tests all three once; saves the model, loads it again, 
 utterance frame by frame.
 """
 
-import argparse
 import contextlib
+import json
 import logging
 import os
+import platform
+import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +22,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import lightning
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 from torch.utils import deterministic
@@ -39,7 +43,7 @@ STREAM_TOLERANCE = 1e-4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration; 0 if the streamed logits equal the one-shot ones."""
-    args = parse(argv)
+    start, args = time.perf_counter(), parse(argv)
     for module, extra in (("matplotlib", "plot"), ("safetensors", "train")):
         need(module, extra, "demo")  # now, rather than after the training
     quiet()
@@ -69,17 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw_confusion(sets, tests["hybrid"], args.out / "confusion_matrices.png")
     console.print(results(sets, tests, models["hybrid"]))
     difference = replay(args.out, sets[-1], console)
+    write_results(args, sets, tests, models["hybrid"], difference, time.perf_counter() - start)
     console.print(f"Run folder: {args.out}")
     return 0 if difference <= STREAM_TOLERANCE else 1
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m prism_models.training.demo",
         description="Train one backbone on digits and spoken vowels, with two controls.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     parser.add_argument("--epochs", type=int, default=32, help="passes over the training data, per run")
@@ -97,7 +102,7 @@ def train(
     run: str,
     metrics: Path,
     console: Console,
-    args: argparse.Namespace,
+    args: Namespace,
 ) -> PRISMForClassification:
     """Train one model from the seed on, and return it with the weights of its best epoch."""
     lightning.seed_everything(args.seed, workers=True, verbose=False)
@@ -160,6 +165,34 @@ def results(
         speed = f"{tests['hybrid'][d.name].tokens_per_second:,.0f}"
         table.add_row(d.name, *accuracies, f"{100 * d.majority():.2f}", speed)
     return table
+
+
+def write_results(
+    args: Namespace,
+    sets: Sequence[Data],
+    tests: dict[str, dict[str, Predictions]],
+    model: PRISMForClassification,
+    difference: float,
+    seconds: float,
+) -> None:
+    """Everything the demonstration printed, as results.json in the run folder."""
+    accuracies = {
+        d.name: {run: round(100 * tests[run][d.name].accuracy, 2) for run in RUNS}
+        | {"majority": round(100 * d.majority(), 2)}
+        for d in sets
+    }
+    report = {
+        "command": " ".join(["python -m prism_models.training.demo", *sys.argv[1:]]),
+        "machine": {"processor": platform.machine(), "threads": args.threads},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "seed": args.seed,
+        "seconds": round(seconds),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "test_accuracy_percent": accuracies,
+        "tokens_per_second": {d.name: round(tests["hybrid"][d.name].tokens_per_second) for d in sets},
+        "streaming_difference": difference,
+    }
+    (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def draw_confusion(sets: Sequence[Data], tests: dict[str, Predictions], picture: Path) -> None:
