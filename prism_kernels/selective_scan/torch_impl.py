@@ -13,7 +13,7 @@ from .discrete import Params, ScanGradients
 
 DUAL_CHANNELS = 4  # fewer channels per head do not repay building the matrices
 DUAL_TOKENS = 4
-SLAB = 2**17  # elements [B,time,H,N] of one run of chunks: its temporaries stay in the cache
+SLAB = 2**18  # elements [B,time,H,N] of one run of chunks: larger ones leave the cache
 
 
 def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
