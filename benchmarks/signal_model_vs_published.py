@@ -42,7 +42,13 @@ def main() -> int:
         times = f"{row['published_s']:>14.3f}{row['ours_s']:>10.3f}"
         print(f"{row['case']:<8}{shape:<16}{times}{row['ratio']:>8.2f}{row['asked']:>7.1f}")
     if args.out:
-        report = {"machine": machine(args.threads), "parameters": sizes(theirs, ours), "rows": rows}
+        command = f"python -m benchmarks.signal_model_vs_published --published PATH --repeats {args.repeats}"
+        report = {
+            "command": command,
+            "machine": machine(args.threads),
+            "parameters": sizes(theirs, ours),
+            "rows": rows,
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=2) + "\n")
     return 0 if all(row["ratio"] >= row["asked"] for row in rows) else 1

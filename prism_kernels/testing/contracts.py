@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import guards
-from .budgets import budget_rows, differentiable, forward_backward
+from .budgets import budget_rows, cotangents, differentiable, forward_backward
 from .spec import Case, OpSpec, Outputs
 
 
@@ -156,9 +156,14 @@ def causal_to_the_bit(spec: OpSpec, case: Case, impl: str, cut: int) -> None:
 def rows_are_independent(spec: OpSpec, case: Case, impl: str) -> None:
     """A row alone gives what it gives in a batch, gradients included."""
     batch, grads = forward_backward(lambda c: spec.run(c, impl), case)
-    for i in range(case.tensors[_batched(spec)[0]].shape[0]):
-        alone = spec.run(_row(spec, case, i), impl)
+    weights = cotangents(batch)
+    names = [n for n in _batched(spec) if n in case.tensors]
+    for i in range(case.tensors[names[0]].shape[0]):
+        own = {n: w[i : i + 1] for n, w in weights.items()}
+        alone, own_grads = forward_backward(lambda c: spec.run(c, impl), _row(spec, case, i), own)
         _close(alone, {n: y[i : i + 1] for n, y in batch.items()}, 1e-11, f"row {i} in the batch")
+        expected = {f"d{n}": grads[f"d{n}"][i : i + 1] for n in names}
+        _close(own_grads, expected, 1e-11, f"row {i} in the batch")
 
 
 def packed_equals_separate(spec: OpSpec, case: Case, impl: str) -> None:
