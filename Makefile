@@ -16,10 +16,10 @@ demo: install
 	$(BIN)/python -m prism_models.training.demo --out $(OUT)
 
 test: install
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -n auto -m "not full"
 
 test-full: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: install
 	$(BIN)/ruff check .
