@@ -143,3 +143,19 @@ def test_heads_as_wide_as_256_run_on_the_torch_path():
         lambda *x: chunk_gated_delta_rule(*x, output_final_state=True, impl="torch"), tensors
     )
     assert_all_close(got, with_gradients(reference, tensors))
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-4, 1e-2])
+def test_keys_of_almost_no_length_stay_finite_in_float16(size):
+    # Their factor, rsqrt(sum + 1e-6), is up to 1000: it must not carry products beyond float16.
+    q, k, v, g, beta = inputs(11, 1, 40, 1, 16, 8, torch.float16)
+    q[:, ::3] *= size
+    k[:, ::2] *= size
+
+    def call(*x):
+        options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        return chunk_gated_delta_rule(*x, **options, impl="triton")
+
+    for got in with_gradients(call, [q, k, v, g, beta]):
+        assert torch.isfinite(got).all()

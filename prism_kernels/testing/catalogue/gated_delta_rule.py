@@ -85,13 +85,24 @@ def cases(dtype: torch.dtype) -> list[Case]:
     same = make(20, "identical keys, strengths up to 2", (1, 7, 4, 16, 16), strength=(0, 2), hostile=True)
     extremes = make(10, "strengths 0, 1 and 2", (1, 17, 1, 8, 8), hostile=True)
     strong = make(1, "a decay of -30 in a step, and none", (1, 18, 2, 8, 8), hostile=True)
-    empty = make(12, "zero keys", (1, 7, 1, 8, 4), hostile=True, **unit)
+    halves = make(
+        2, "two halves of a chunk, decays of -30", (1, 65, 2, 40, 16), chunk_size=64, hostile=True, **unit
+    )
+    empty = make(12, "zero keys and tiny ones", (1, 7, 4, 8, 4), hostile=True, **unit)
     k, beta = same.tensors["k"], (torch.arange(17) % 3).view(1, 17, 1)
-    sharp = torch.where(torch.arange(18) % 3 == 1, -30.0, 0.0).view(1, 18, 1).expand(1, 18, 2).clone()
     zero = empty.tensors["k"].clone()
     zero[:, ::2] = 0
+    zero[:, 1::4] *= 1e-4
+
+    def sharp(case: Case) -> Case:
+        g = case.tensors["g"]
+        some = (torch.arange(g.shape[1]) % 3 == 1).view(1, -1, 1)
+        return case.with_tensors(g=torch.where(some, -30.0, torch.zeros_like(g)))
+
+    # Over 65 decaying tokens rounding in float32, a token loop's too, can pass the limit by its order alone:
+    # see "Numerics" in the op's README. So 32 bits and more leave g out of that one case.
     bare = {"leave_out": ("g", "beta", "initial_state")}
-    listed = [
+    return [
         make(0, "with all there is", (2, 18, 2, 8, 4), scale=0.5, **unit),
         make(1, "one token", (2, 1, 8, 16, 16)),
         make(2, "two tokens, no decay, strength 1, no state", (1, 2, 1, 4, 4), **bare),
@@ -100,17 +111,14 @@ def cases(dtype: torch.dtype) -> list[Case]:
         make(5, "odd sizes, a prime length", (1, 37, 1, 5, 19), chunk_size=32, leave_out=("initial_state",)),
         make(6, "value heads in groups", (1, 17, 2, 8, 4), groups=2, **unit),
         make(2, "two halves of a chunk, and one token more", (1, 65, 1, 40, 16), chunk_size=64,
-             leave_out=("g",), **unit),
+             decay=-2.0, leave_out=() if dtype.itemsize == 2 else ("g",), **unit),
         packed.with_tensors(cu_seqlens=bounds),
         extremes.with_tensors(beta=beta.to(extremes.tensors["g"].dtype)),
-        strong.with_tensors(g=sharp.to(strong.tensors["g"].dtype)),
+        sharp(strong),
+        sharp(halves),
         empty.with_tensors(k=zero),
+        same.with_tensors(k=k[:, :1].expand_as(k).clone()),
     ]  # fmt: skip
-    if dtype.itemsize > 2:
-        # In 16 bits a token loop corrects its own rounding on such keys and the chunked form cannot: see
-        # "Numerics" in the op's README. Products of 16 bits are no measure of it here.
-        listed.append(same.with_tensors(k=k[:, :1].expand_as(k).clone()))
-    return listed
 
 
 def hand() -> tuple[Case, Outputs]:
