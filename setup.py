@@ -1,18 +1,33 @@
 """Metadata of the distribution `prism-kernels`: both packages, static, nothing probed at install time."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 DATA = ["scikit-learn>=1.5", "aeon>=1.0"]
-TRAIN = ["lightning>=2.4", "torchmetrics>=1.4", "jsonargparse[signatures]>=4.30", "safetensors>=0.4", "rich>=13"]
+TRAIN = [
+    "lightning>=2.4",
+    "torchmetrics>=1.4",
+    "jsonargparse[signatures]>=4.30",
+    "safetensors>=0.4",
+    "rich>=13",
+]
 PLOT = ["matplotlib>=3.8"]
 HF = ["transformers>=5.0", "safetensors>=0.4"]
-DEV = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.10"]
+DEV = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "mypy>=1.10",
+]
 
 setup(
     name="prism-kernels",
     version="0.1.0",
     description="Triton kernels, references and layers for gated-delta and state-space sequence models",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",

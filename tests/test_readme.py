@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.readme_tables import TABLES, fill
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -36,3 +38,8 @@ def test_the_map_names_what_exists():
             assert path.exists(), name
         if indent == 4:
             folder = ROOT / names[0]
+
+
+def test_tables_come_from_committed_results():
+    assert all(f"<!-- {name}:begin -->" in README for name in TABLES)
+    assert fill(README) == README, "run `python -m benchmarks.readme_tables`"

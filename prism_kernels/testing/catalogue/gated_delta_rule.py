@@ -130,14 +130,14 @@ def hand() -> tuple[Case, Outputs]:
         "g": [[0.0], [math.log(0.5)]],
         "beta": [[1.0], [0.5]],
     }
-    tensors = {n: torch.tensor(x, dtype=torch.float64).view(1, 2, 1, -1) for n, x in tensors.items()}
-    tensors["g"], tensors["beta"] = tensors["g"][..., 0], tensors["beta"][..., 0]
+    given = {n: torch.tensor(x, dtype=torch.float64).view(1, 2, 1, -1) for n, x in tensors.items()}
+    given["g"], given["beta"] = given["g"][..., 0], given["beta"][..., 0]
     state = torch.tensor([[4.0], [-1.0]], dtype=torch.float64).view(1, 1, 2, 1)
     # M1 = (2, -1): the 4 along the first key is replaced by 2.
     # k2^T M1 = 1.2 - 0.8 = 0.4; M2 = 0.5 (M1 - 0.5 * 0.4 k2) + 0.5 * 5 k2 = (1 + 1.44, -0.5 + 1.92)
     final = torch.tensor([[2.44], [1.42]], dtype=torch.float64).view(1, 1, 2, 1)
     o = torch.tensor([2.0, 2.44 + 2 * 1.42], dtype=torch.float64).view(1, 2, 1, 1)
-    return Case("two tokens", tensors | {"initial_state": state}, {"scale": 1.0}), {
+    return Case("two tokens", given | {"initial_state": state}, {"scale": 1.0}), {
         "o": o,
         "final_state": final,
     }
