@@ -5,12 +5,12 @@ Every path other than the reference is one node to autograd, torch.compile and e
 """
 
 from collections.abc import Callable
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from .._core import checks
+from .._core.autograd import first_order_only
 from .._core.runtime import accumulate_dtype, without_autocast
 from . import torch_impl
 
@@ -255,16 +255,7 @@ def _autograd(backward: Callable) -> Callable:
     return gradients
 
 
-def _second_order(name: str) -> Callable:
-    def fail(ctx, *grads) -> NoReturn:
-        raise NotImplementedError(
-            f"{name}: first-order gradients only. Use impl='reference' for higher ones."
-        )
-
-    return fail
-
-
 chunk_fwd.register_autograd(_autograd(chunk_bwd), setup_context=_setup_context)
 recurrent_fwd.register_autograd(_autograd(recurrent_bwd), setup_context=_setup_context)
-chunk_bwd.register_autograd(_second_order("chunk_gated_delta_rule"))
-recurrent_bwd.register_autograd(_second_order("fused_recurrent_gated_delta_rule"))
+first_order_only(chunk_bwd, "chunk_gated_delta_rule")
+first_order_only(recurrent_bwd, "fused_recurrent_gated_delta_rule")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core import checks
+from .._core.autograd import first_order_only
 from .._core.runtime import accumulate_dtype, without_autocast
 from . import frame, torch_impl
 from .discrete import ScanGradients
@@ -163,12 +164,5 @@ def _backward(ctx, dy, dfinal, dstates, dungated):
     return *(d if here else None for d, here in zip(grads, given, strict=True)), *(None,) * 5
 
 
-def _no_second_order(ctx, *grads):
-    raise NotImplementedError(
-        f"{OP}: first-order gradients only on the paths 'torch' and 'triton'. "
-        "Use impl='reference' to differentiate twice."
-    )
-
-
 selective_scan_fwd.register_autograd(_backward, setup_context=_save)
-selective_scan_bwd.register_autograd(_no_second_order)
+first_order_only(selective_scan_bwd, OP)
