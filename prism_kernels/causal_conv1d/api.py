@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .._core import checks
@@ -71,7 +70,11 @@ def causal_conv1d(
     lacks = [] if cu_seqlens is None else ["packed sequences (cu_seqlens)"]
     path = choose_impl(NAME, impl, x.device, triton_lacks=lacks)
     if path == "reference":
-        y, final = _reference(x, weight, bias, activation, initial_state, cu_seqlens)
+        if cu_seqlens is not None:
+            checks.check_cu_seqlens_values(NAME, cu_seqlens, x.shape[1])
+        y, final = causal_conv1d_reference(
+            x, weight, bias, activation=activation, initial_state=initial_state, cu_seqlens=cu_seqlens
+        )
     else:
         y, final = causal_conv1d_fwd(x, weight, bias, initial_state, cu_seqlens, activation or "none", path)
     return CausalConv1dOutput(y, final if output_final_state else None)
@@ -105,28 +108,3 @@ def _check(
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         advice = "The state is the last W - 1 inputs of each sequence, channels before time."
         checks.check_shape(NAME, "initial_state", state, (rows, D, W - 1), "[B, D, W-1]", advice)
-
-
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The definition; packed sequences one by one."""
-    if cu_seqlens is None:
-        return causal_conv1d_reference(x, weight, bias, activation=activation, initial_state=state)
-    checks.check_cu_seqlens_values(NAME, cu_seqlens, x.shape[1])
-    bounds = cu_seqlens.tolist()
-    ys, finals = [], []
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        own = x.new_zeros(1, *weight.shape)[..., 1:] if state is None else state[i : i + 1]
-        y, final = x[:, start:end], own.to(x.dtype)
-        if end > start:
-            y, final = causal_conv1d_reference(y, weight, bias, activation=activation, initial_state=own)
-        ys.append(y)
-        finals.append(final)
-    ys.append(torch.zeros_like(x[:, bounds[-1] :]))
-    return torch.cat(ys, dim=1), torch.cat(finals)

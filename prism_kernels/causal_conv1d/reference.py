@@ -14,20 +14,28 @@ def causal_conv1d_reference(
     *,
     activation: str | None = None,
     initial_state: Tensor | None = None,  # r[B,D,W-1]
+    cu_seqlens: Tensor | None = None,
     product_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y_t = act(bias + sum_j weight[:, j] x_{t-W+1+j}); returns (y, the last W-1 inputs)."""
     with without_autocast(x.device):
         wide = accumulate_dtype(x.dtype)
         inputs, taps = (t.to(product_dtype or wide).to(wide) for t in (x, weight))
-        window = inputs.new_zeros(x.shape[0], *weight.shape)
+        bounds = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+        rows = x.shape[0] if cu_seqlens is None else len(bounds) - 1
+        windows = inputs.new_zeros(rows, *weight.shape)
         if initial_state is not None:
             state = initial_state.to(product_dtype or wide).to(wide)
-            window = torch.cat([window[..., :1], state], dim=-1)
-        ys = []
-        for t in range(x.shape[1]):
-            window = torch.cat([window[..., 1:], inputs[:, t, :, None]], dim=-1)  # [B, D, W]
-            y = (window * taps).sum(-1)
-            y = y if bias is None else y + bias.to(wide)
-            ys.append(F.silu(y) if activation == "silu" else y)
-        return torch.stack(ys, dim=1).to(x.dtype), window[..., 1:].to(x.dtype)
+            windows = torch.cat([windows[..., :1], state], dim=-1)
+        ys, finals = [], []
+        for s, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            window = windows if cu_seqlens is None else windows[s : s + 1]
+            for t in range(start, end):
+                window = torch.cat([window[..., 1:], inputs[:, t, :, None]], dim=-1)  # [B, D, W]
+                y = (window * taps).sum(-1)
+                y = y if bias is None else y + bias.to(wide)
+                ys.append(F.silu(y) if activation == "silu" else y)
+            finals.append(window[..., 1:])
+        y = torch.stack(ys, dim=1) if ys else inputs[:, :0]
+        y = F.pad(y, (0, 0, 0, x.shape[1] - y.shape[1]))  # padding after the last sequence
+        return y.to(x.dtype), torch.cat(finals).to(x.dtype)

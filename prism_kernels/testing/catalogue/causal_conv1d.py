@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ... import causal_conv1d
-from ...causal_conv1d.api import _reference
 from ...causal_conv1d.op import causal_conv1d_bwd, causal_conv1d_fwd
 from ...causal_conv1d.reference import causal_conv1d_reference
 from ..inputs import Draw
@@ -17,12 +16,7 @@ def run(case: Case, impl: str | None) -> Outputs:
 
 
 def reference(case: Case, product_dtype: torch.dtype | None) -> Outputs:
-    if "cu_seqlens" in case.tensors:
-        names = ("x", "weight", "bias", "initial_state", "cu_seqlens")
-        x, weight, bias, state, cu = (case.tensors.get(n) for n in names)
-        y, final = _reference(x, weight, bias, case.options.get("activation"), state, cu)
-    else:
-        y, final = causal_conv1d_reference(**case.tensors, **case.options, product_dtype=product_dtype)
+    y, final = causal_conv1d_reference(**case.tensors, **case.options, product_dtype=product_dtype)
     return {"y": y, "final_state": final}
 
 
