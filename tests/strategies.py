@@ -19,7 +19,7 @@ def delta_rule(draw: Draw, B: int, T: int, H: int, K: int, V: int) -> Case:
             "q": draw.normal(B, T, H, K),
             "k": draw.unit(B, T, H, K),
             "v": draw.normal(B, T, HV, V),
-            "g": draw.gate(B, T, HV, low=-2.0),
+            "g": draw.gate(B, T, HV, low=-2.0, high=0.0),
             "beta": draw.gate(B, T, HV),
             "initial_state": draw.wide_normal(B, HV, K, V),
         },

@@ -177,5 +177,6 @@ def test_demo_runs_end_to_end(tmp_path, capsys):
         "metrics.csv",
         "learning_curves.png",
         "confusion_matrices.png",
+        "results.json",
     }
     assert {p.name for p in tmp_path.iterdir()} == names
