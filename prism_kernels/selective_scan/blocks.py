@@ -16,38 +16,40 @@ def forward(u: Tensor, dt: Tensor, p: Params, states: Tensor) -> Tensor:
 def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: Tensor) -> ScanGradients:
     """Gradients of a block from g = dL/dy and eta = dL/d(its end state)."""
     H = u.shape[2]
-    a_conj, w, h = run(u, dt, p, states[0])
+    a_conj, w_conj, h = run(u, dt, p, states[0])
     B, C = per_token(p.B, H), per_token(p.C, H)
     g_t, u_t = g.transpose(0, 1)[..., None], u.transpose(0, 1)[..., None]
     adjoint = g_t * (p.kappa * C)
     adjoint[-1] += eta
     for t in range(len(adjoint) - 2, -1, -1):
         torch.addcmul(adjoint[t], a_conj[t + 1], adjoint[t + 1], out=adjoint[t])
-    du = (flat(adjoint) * flat(w[..., None, :] * B)).sum(-1).transpose(0, 1)
+    du = (flat(adjoint) * flat(conj(w_conj)[..., None, :] * B)).sum(-1).transpose(0, 1)
     driven = adjoint * u_t  # the gradient of w B
     if B.shape[-2] == 1:
         driven = driven.sum(-2, keepdim=True)
     end = a_conj[0] * adjoint[0]
-    dB = fold(driven * conj(w)[..., None, :], p.B)
+    dB = fold(driven * w_conj[..., None, :], p.B)
     dw = (driven * conj(B)).sum(-2)
     dC = fold(p.kappa * (g_t * h[1:] if p.C.ndim == 3 else over_channels(g_t, h[1:])), p.C)
     dtheta = (adjoint * conj(h[:-1])).sum(-2) * a_conj.squeeze(-2)
-    dtheta, dw, a_conj, w = (x.permute(1, 2, 0, 3) for x in (dtheta, dw, a_conj.squeeze(-2), w))
-    ddt, dA = rate_gradients(dtheta, dw, a_conj, w, dt.transpose(1, 2).contiguous(), p)
+    dtheta, dw, a_conj, w_conj = (x.permute(1, 2, 0, 3) for x in (dtheta, dw, a_conj.squeeze(-2), w_conj))
+    ddt, dA = rate_gradients(dtheta, dw, a_conj, w_conj, dt.transpose(1, 2).contiguous(), p)
     return ScanGradients(du, ddt.transpose(1, 2), dA, dB, dC, end)
 
 
 def run(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return conj(a) [c,B,H,1,N], w [c,B,H,N] and all states [c+1,B,H,P,N], h0 first."""
-    a_conj, w = discretise(dt.transpose(0, 1).contiguous()[..., None], p.A, p.euler)
+    """Return conj(a) [c,B,H,1,N], conj(w) [c,B,H,N] and all states [c+1,B,H,P,N], h0 first."""
+    a_conj, w_conj = discretise(dt.transpose(0, 1).contiguous()[..., None], p.A, p.euler)
     a_conj = a_conj[..., None, :]
     a = conj(a_conj)
-    h = h0.new_empty(len(w) + 1, *h0.shape)
+    h = h0.new_empty(len(w_conj) + 1, *h0.shape)
     h[0] = h0
-    torch.mul(w[..., None, :] * per_token(p.B, u.shape[2]), u.transpose(0, 1)[..., None], out=h[1:])
-    for t in range(len(w)):
+    torch.mul(
+        conj(w_conj)[..., None, :] * per_token(p.B, u.shape[2]), u.transpose(0, 1)[..., None], out=h[1:]
+    )
+    for t in range(len(w_conj)):
         torch.addcmul(h[t + 1], a[t], h[t], out=h[t + 1])
-    return a_conj, w, h
+    return a_conj, w_conj, h
 
 
 def readout(h: Tensor, C: Tensor, kappa: int) -> Tensor:

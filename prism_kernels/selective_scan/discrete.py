@@ -62,7 +62,7 @@ def conj(x: Tensor) -> Tensor:
 
 
 def discretise(dt: Tensor, A: Tensor, euler: bool) -> tuple[Tensor, Tensor]:
-    """Return conj(exp(dt A)) and the weight w, where dt [..., 1] and A [..., N] broadcast.
+    """Return exp(dt A) and the weight w, both conjugated, where dt [..., 1] and A [..., N] broadcast.
 
     w = (exp(dt A) - 1) / A with a numerator that is exact to rounding in norm: its real part is
     expm1(x) cos(y) - 2 sin(y/2)^2. Where A vanishes, w = dt.
@@ -74,14 +74,14 @@ def discretise(dt: Tensor, A: Tensor, euler: bool) -> tuple[Tensor, Tensor]:
         a, rise = gain, torch.expm1(x)
     else:
         y = dt * A.imag
-        cos, sin = torch.cos(y), torch.sin(y).mul_(gain)
-        a = torch.complex(gain.mul_(cos), -sin)
+        cos, turn = torch.cos(y), torch.sin(y).mul_(gain).neg_()
+        a = torch.complex(gain.mul_(cos), turn)
         if not euler:
             half = torch.sin(y.mul_(0.5)).square_()
-            rise = torch.complex(torch.expm1(x).mul_(cos).sub_(half, alpha=2), sin)
+            rise = torch.complex(torch.expm1(x).mul_(cos).sub_(half, alpha=2), turn)
     if euler:
         return a, dt.to(a.dtype)
-    w, vanishing = rise.mul_(inverse(A)), A.abs() < VANISHING
+    w, vanishing = rise.mul_(conj(inverse(A))), A.abs() < VANISHING
     return a, w.add_(dt * vanishing) if vanishing.any() else w
 
 
@@ -93,7 +93,7 @@ def inverse(A: Tensor) -> Tensor:
 
 
 def rate_gradients(
-    dtheta: Tensor, dw: Tensor, a_conj: Tensor, w: Tensor, dt: Tensor, p: Params
+    dtheta: Tensor, dw: Tensor, a_conj: Tensor, w_conj: Tensor, dt: Tensor, p: Params
 ) -> tuple[Tensor, Tensor]:
     """Gradients of dt [...,H,c] and A [H,N] from those of theta = dt A (through exp alone) and of w.
 
@@ -106,10 +106,10 @@ def rate_gradients(
     dA = unflat((dt[..., None, :] @ flat(dtheta)).squeeze(-2).sum(lead), dtheta)
     if p.euler:
         return ddt, dA
-    return ddt, dA + weight_gradient(dw, a_conj, w, dt, p.A)
+    return ddt, dA + weight_gradient(dw, a_conj, w_conj, dt, p.A)
 
 
-def weight_gradient(dw: Tensor, a_conj: Tensor, w: Tensor, dt: Tensor, A: Tensor) -> Tensor:
+def weight_gradient(dw: Tensor, a_conj: Tensor, w_conj: Tensor, dt: Tensor, A: Tensor) -> Tensor:
     """sum_t dw conj(dw/dA), r or c[H,N].
 
     dw/dA = chi = (dt a - w) / A. Near dt A = 0, where that cancels, chi is a power series in dt, so
@@ -118,7 +118,7 @@ def weight_gradient(dw: Tensor, a_conj: Tensor, w: Tensor, dt: Tensor, A: Tensor
     """
     lead = (*range(dt.ndim - 2), -2)
     far = dt.amax((*lead[:-1], -1))[:, None] * A.abs() >= SERIES_BELOW
-    away = (dt[..., None] * a_conj).sub_(conj(w)).mul_(dw).sum(lead)
+    away = (dt[..., None] * a_conj).sub_(w_conj).mul_(dw).sum(lead)
     return torch.where(far, away * conj(inverse(A)), near_zero(dw, dt, A))
 
 

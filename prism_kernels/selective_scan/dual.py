@@ -21,7 +21,7 @@ LIMIT = {torch.float32: 40.0, torch.float64: 300.0}
 
 @dataclass(frozen=True)
 class Factors:
-    """What a chunk needs, each [m,B,H,c,N] (m chunks of c tokens); a, Q and growth conjugated."""
+    """What a chunk needs, each [m,B,H,c,N] (m chunks of c tokens); all but G and K conjugated."""
 
     a: Tensor
     w: Tensor
@@ -76,11 +76,10 @@ def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: T
     # Each is summed by itself; together they would cancel.
     read, driven = conj_(dG).mul_(f.Q), dK_inside.mul_(f.growth)  # conj(dC) / kappa, and dL/d(w B)
     driven_end = dK_end.mul_(f.growth)
-    B, C = per_token(p.B, H), p.kappa * per_token(p.C, H)
-    B_conj = conj(B)
-    W_conj = conj(f.w) * B_conj
+    B_conj, C = conj(per_token(p.B, H)), p.kappa * per_token(p.C, H)
+    W_conj = f.w * B_conj
     own = dM_own[..., None].to(f.w.dtype)
-    dC = fold(p.kappa * (conj(read) + own * (f.w * B)), p.C, T)
+    dC = p.kappa * conj(fold(torch.addcmul(read, own, W_conj), p.C, T))
     theta = read.mul_(C).sub_(driven * W_conj)
     to_end = driven_end * W_conj
     whole = (entered * conj(states[:-1])).sum(-2)[..., None, :]
@@ -90,7 +89,7 @@ def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: T
     dA = over_time(S, theta) + over_time(S[..., -1:] - S, to_end) + over_time(S[..., -1:], whole)
 
     driven.add_(driven_end).addcmul_(own, C)
-    dB = fold(driven * conj(f.w), p.B, T)
+    dB = fold(driven * f.w, p.B, T)
     dw = driven.mul_(B_conj)
     ddt += real(dw if p.euler else dw * f.a).sum(-1)
     if not p.euler:
@@ -108,7 +107,8 @@ def factors(dt: Tensor, p: Params) -> Factors:
         Q[..., t, :] *= Q[..., t - 1, :]
     growth = Q.reciprocal()
     G = Q * (p.kappa * per_token(p.C, H))
-    return Factors(a, w, Q, growth, G, conj(growth).mul(w).mul_(per_token(p.B, H)))
+    K = (growth * w).mul_(conj(per_token(p.B, H)))
+    return Factors(a, w, Q, growth, G, conj_(K))
 
 
 def mixing(f: Factors) -> Tensor:
