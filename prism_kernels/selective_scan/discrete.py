@@ -118,7 +118,7 @@ def weight_gradient(dw: Tensor, a_conj: Tensor, w_conj: Tensor, dt: Tensor, A: T
     """
     lead = (*range(dt.ndim - 2), -2)
     far = dt.amax((*lead[:-1], -1))[:, None] * A.abs() >= SERIES_BELOW
-    away = (dt[..., None] * a_conj).sub_(w_conj).mul_(dw).sum(lead)
+    away = unflat(dt[..., None] * flat(a_conj), a_conj).sub_(w_conj).mul_(dw).sum(lead)
     return torch.where(far, away * conj(inverse(A)), near_zero(dw, dt, A))
 
 

@@ -78,8 +78,8 @@ def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: T
     driven_end = dK_end.mul_(f.growth)
     B_conj, C = conj(per_token(p.B, H)), p.kappa * per_token(p.C, H)
     W_conj = f.w * B_conj
-    own = dM_own[..., None].to(f.w.dtype)
-    dC = p.kappa * conj(fold(torch.addcmul(read, own, W_conj), p.C, T))
+    own = dM_own[..., None]
+    dC = p.kappa * conj(fold(unflat(torch.addcmul(flat(read), own, flat(W_conj)), read), p.C, T))
     theta = read.mul_(C).sub_(driven * W_conj)
     to_end = driven_end * W_conj
     whole = (entered * conj(states[:-1])).sum(-2)[..., None, :]
@@ -88,7 +88,7 @@ def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: T
     ddt = dS.flip(-1).cumsum(-1).flip(-1) + dS_end.cumsum(-1).sub_(dS_end) + over_modes(whole, p.A)
     dA = over_time(S, theta) + over_time(S[..., -1:] - S, to_end) + over_time(S[..., -1:], whole)
 
-    driven.add_(driven_end).addcmul_(own, C)
+    flat(driven.add_(driven_end)).addcmul_(own, flat(C))
     dB = fold(driven * f.w, p.B, T)
     dw = driven.mul_(B_conj)
     ddt += real(dw if p.euler else dw * f.a).sum(-1)
