@@ -83,13 +83,13 @@ def cases(dtype: torch.dtype) -> list[Case]:
     bounds = torch.tensor([0, 0, 5, 22, 22])
     packed = make(8, "packed, empty sequences among them", (1, 24, 1, 8, 4), groups=2, sequences=4)
     same = make(20, "identical keys, strengths up to 2", (1, 7, 4, 16, 16), strength=(0, 2), hostile=True)
-    extremes = make(10, "strengths 0, 1 and 2", (1, 17, 1, 8, 8), hostile=True)
+    extremes = make(10, "strengths 0, 1 and 2", (1, 17, 4, 8, 8), hostile=True)
     strong = make(1, "a decay of -30 in a step, and none", (1, 18, 2, 8, 8), hostile=True)
     halves = make(
         2, "two halves of a chunk, decays of -30", (1, 65, 2, 40, 16), chunk_size=64, hostile=True, **unit
     )
     empty = make(12, "zero keys and tiny ones", (1, 7, 4, 8, 4), hostile=True, **unit)
-    k, beta = same.tensors["k"], (torch.arange(17) % 3).view(1, 17, 1)
+    k, beta = same.tensors["k"], (torch.arange(17) % 3).view(1, 17, 1).expand(1, 17, 4)
     zero = empty.tensors["k"].clone()
     zero[:, ::2] = 0
     zero[:, 1::4] *= 1e-4
