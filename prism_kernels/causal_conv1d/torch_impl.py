@@ -44,27 +44,28 @@ class History:
         self.state = x.new_zeros(rows, W - 1, x.shape[2], dtype=wide)  # [rows, W-1, D]: time before channels
         if state is not None:
             self.state = state.transpose(1, 2).to(wide)
+        if cu_seqlens is None:
+            self.row = torch.cat([self.state, self.x], dim=1)  # r[B,W-1+T,D]
 
     def delayed(self, d: int) -> Tensor:
         """x_{t-d}, r[B,valid,D]."""
         if d == 0:
             return self.x
-        past = F.pad(self.x, (0, 0, d, 0))[:, : self.valid]
         if self.packing is None:
-            n = min(d, self.valid)
-            past[:, :n] = self.state[:, self.W - 1 - d : self.W - 1 - d + n]
-        else:
-            rows, sequence, slot = self._before_start(self.packing, d)
-            past[0, rows] = self.state[sequence, slot]
+            return self.row[:, self.W - 1 - d : self.W - 1 - d + self.valid]
+        past = F.pad(self.x, (0, 0, d, 0))[:, : self.valid]
+        rows, sequence, slot = self._before_start(self.packing, d)
+        past[0, rows] = self.state[sequence, slot]
         return past
 
-    def add_adjoint(self, dx: Tensor, dstate: Tensor, grad: Tensor, d: int) -> None:
-        """Add the gradient of `delayed(d)` to dx r[B,valid,D] and dstate r[rows,W-1,D]."""
+    def add_adjoint(self, dx: Tensor, dstate: Tensor, dz: Tensor, tap: Tensor, d: int) -> None:
+        """Add the gradient of `delayed(d)`, tap r[D] times dz, to dx r[B,valid,D] and dstate [rows,W-1,D]."""
         if self.packing is None:
             n = min(d, self.valid)
-            dx[:, : self.valid - n] += grad[:, n:]
-            dstate[:, self.W - 1 - d : self.W - 1 - d + n] += grad[:, :n]
+            dx[:, : self.valid - n].addcmul_(dz[:, n:], tap)
+            dstate[:, self.W - 1 - d : self.W - 1 - d + n].addcmul_(dz[:, :n], tap)
             return
+        grad = dz * tap
         rows, sequence, slot = self._before_start(self.packing, d)
         dstate[sequence, slot] += grad[0, rows]  # each (sequence, slot) occurs once
         grad = grad.index_fill(1, rows, 0.0)
@@ -73,7 +74,7 @@ class History:
     def final_state(self) -> Tensor:
         """The last W-1 inputs of each sequence, r[rows,W-1,D]."""
         if self.packing is None:
-            return torch.cat([self.state, self.x], dim=1)[:, self.valid :]
+            return self.row[:, self.valid :].clone()
         token, slot, is_new = self._last(self.packing)
         if self.valid == 0:
             return self.state.clone()
@@ -83,10 +84,9 @@ class History:
     def add_final_adjoint(self, dx: Tensor, dstate: Tensor, grad: Tensor) -> None:
         """Add the gradient of `final_state()`, r[rows,W-1,D]."""
         if self.packing is None:
-            both = torch.cat([torch.zeros_like(dstate), torch.zeros_like(dx)], dim=1)
-            both[:, self.valid :] += grad
-            dstate += both[:, : self.W - 1]
-            dx += both[:, self.W - 1 :]
+            n = min(self.W - 1, self.valid)
+            dx[:, self.valid - n :] += grad[:, self.W - 1 - n :]
+            dstate[:, n:] += grad[:, : self.W - 1 - n]
             return
         token, slot, is_new = self._last(self.packing)
         dx[0, token[is_new]] += grad[is_new]
@@ -142,11 +142,11 @@ def backward(
         sigmoid = torch.sigmoid(z)
         dz = dz * sigmoid * (1 + z * (1 - sigmoid))
     dx, dstate = (torch.zeros(t.shape, dtype=wide, device=x.device) for t in (history.x, history.state))
-    dweight = torch.empty(weight.shape, dtype=wide, device=x.device)
+    taps, dweight = weight.to(wide), torch.empty(weight.shape, dtype=wide, device=x.device)
     for j in range(W):
         d = W - 1 - j
         dweight[:, j] = (dz * history.delayed(d)).sum((0, 1))
-        history.add_adjoint(dx, dstate, dz * weight[:, j].to(wide), d)
+        history.add_adjoint(dx, dstate, dz, taps[:, j], d)
     history.add_final_adjoint(dx, dstate, dfinal.transpose(1, 2).to(wide))
     return _pad(dx, x.shape[1]), dweight, dz.sum((0, 1)), dstate.transpose(1, 2).contiguous()
 

@@ -12,7 +12,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y like x, the sum x + residual (empty without a residual), and rstd r[...,1]."""
     s = _sum(x, residual)
-    rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
+    rstd = torch.linalg.vector_norm(s, dim=-1, keepdim=True).square_().div_(s.shape[-1]).add_(eps).rsqrt_()
     y = s * rstd
     if weight is not None:
         y *= weight.to(y.dtype)
@@ -41,10 +41,13 @@ def backward(
         scaled = unit if weight is None else unit * weight.to(unit.dtype)
         dgate = dy * scaled * (sigmoid * (1 + z * (1 - sigmoid)))
         dy = dy * (z * sigmoid)
-    if weight is not None:
-        dweight = (dy * unit).flatten(0, -2).sum(0)
-        dy = dy * weight.to(unit.dtype)
-    ds = (dy - unit * (dy * unit).mean(-1, keepdim=True)) * rstd
+    along = dy * unit
+    if weight is None:
+        share = along.sum(-1, keepdim=True)
+    else:
+        dweight, weight = along.flatten(0, -2).sum(0), weight.to(unit.dtype)
+        share, dy = (along @ weight)[..., None], dy * weight
+    ds = torch.addcmul(dy, unit, share, value=-1 / unit.shape[-1]).mul_(rstd)
     if residual is not None:
         ds += dtotal.to(ds.dtype)
     return ds.contiguous(), dweight, dgate.contiguous()
