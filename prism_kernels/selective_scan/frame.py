@@ -112,6 +112,11 @@ def skip(D: Tensor, H: int, wide: torch.dtype) -> Tensor:
     return D.to(wide).reshape(H, -1)
 
 
+def padded(x: Tensor, T: int) -> Tensor:
+    """`x` [B,t,H,P] with zeros after its last token, up to T tokens."""
+    return x if x.shape[1] == T else F.pad(x, (0, 0, 0, 0, 0, T - x.shape[1]))
+
+
 def check_values(
     op: str,
     u: Tensor,

@@ -55,9 +55,10 @@ def selective_scan_fwd(
         if D is not None:
             y = torch.addcmul(y, frame.skip(D, u.shape[2], wide), scan.u)
         y = scan.layout.restore(y)
-        ungated = y.new_empty(0) if z is None else y.clone()
+        ungated = y.new_empty(0)
         if z is not None:
-            y[:, : scan.layout.total] *= F.silu(z[:, : scan.layout.total].to(wide))
+            gate = F.silu(z[:, : scan.layout.total].to(wide))
+            ungated, y = y, frame.padded(y[:, : scan.layout.total] * gate, y.shape[1])
         states = as_pairs(states) if cu_seqlens is None else y.new_empty(0)
         return y.to(u.dtype).contiguous(), as_pairs(final_state), states, ungated.contiguous()
 
@@ -107,9 +108,9 @@ def selective_scan_bwd(
         layout, total = scan.layout, scan.layout.total
         g, dz = dy.to(wide), None
         if z is not None:
-            gate, dz = z[:, :total].to(wide), torch.zeros_like(z)
-            dz[:, :total] = torch.ops.aten.silu_backward(g[:, :total] * ungated[:, :total], gate)
-            g = g[:, :total] * F.silu(gate)
+            gate, g = z[:, :total].to(wide), g[:, :total]
+            dz = frame.padded(torch.ops.aten.silu_backward(g * ungated[:, :total], gate), z.shape[1])
+            g = g * F.silu(gate)
         g = layout.arrange(g)
         if cu_seqlens is None:
             states = as_numbers(states, A)
