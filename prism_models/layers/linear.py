@@ -11,7 +11,7 @@ class Linear(nn.Linear):
     """nn.Linear without bias, with large float32 products on a CPU left to oneDNN.
 
     PyTorch's default there is MKL, which keeps its widest instructions to Intel's processors; on
-    others oneDNN is about twice as fast. Both round as float32 does. `torch.backends.mkldnn.flags(
+    others oneDNN is the faster one. Both round as float32 does. `torch.backends.mkldnn.flags(
     enabled=False)` gives the default back. Everywhere else this is nn.Linear.
     """
 
