@@ -42,10 +42,6 @@ class Case:
         """A copy with some tensors replaced."""
         return replace(self, tensors={**self.tensors, **tensors})
 
-    def with_options(self, **options: Any) -> "Case":
-        """A copy with some options replaced."""
-        return replace(self, options={**self.options, **options})
-
 
 @dataclass(frozen=True)
 class ErrorCase:
