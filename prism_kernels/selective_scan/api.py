@@ -204,9 +204,9 @@ def dispatch(
         )
         return y, torch.view_as_real(state) if A.ndim == 3 else state
     pairs, euler = to_pairs(A, A), discretization == "euler"
-    y, state, _, _ = op.selective_scan_fwd(
-        u, dt, pairs, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler, path
-    )
+    tensors = (u, dt, pairs, B, C, D, z, dt_bias, initial_state)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    y, state, *_ = op.selective_scan_fwd(*tensors, cu_seqlens, dt_softplus, reverse, euler, save, path)
     return y, torch.view_as_complex(state) if A.is_complex() else state
 
 

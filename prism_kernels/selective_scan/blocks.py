@@ -1,4 +1,7 @@
-"""A block of time, discretised at once; its states follow one after the other. Any shape of B and C."""
+"""A block of time, discretised at once; its states follow one after the other. Any shape of B and C.
+
+States at bounds and their gradients are [H,B,P,N], as in `dual.py`; inside, states are [c,B,H,P,N].
+"""
 
 import torch
 from torch import Tensor
@@ -6,28 +9,29 @@ from torch import Tensor
 from .discrete import Params, ScanGradients, conj, discretise, flat, rate_gradients, unflat
 
 
-def forward(u: Tensor, dt: Tensor, p: Params, states: Tensor) -> Tensor:
-    """Return y [B,c,H,P] of a block that starts from states[0], and write states[1], its end."""
-    _, _, h = run(u, dt, p, states[0])
-    states[1] = h[-1]
-    return readout(h[1:], per_token(p.C, u.shape[2]), p.kappa).transpose(0, 1)
+def forward(u: Tensor, dt: Tensor, p: Params, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y [B,c,H,P] of a block that starts from states[0], and two empty tensors; write states[1]."""
+    _, _, h = run(u, dt, p, states[0].transpose(0, 1))
+    states[1] = h[-1].transpose(0, 1)
+    y = readout(h[1:], per_token(p.C, u.shape[2]), p.kappa).transpose(0, 1)
+    return y, dt.new_empty(0), dt.new_empty(0)
 
 
-def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: Tensor) -> ScanGradients:
+def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], eta: Tensor) -> ScanGradients:
     """Gradients of a block from g = dL/dy and eta = dL/d(its end state)."""
-    H = u.shape[2]
-    a_conj, w_conj, h = run(u, dt, p, states[0])
+    states, H = kept[0], u.shape[2]
+    a_conj, w_conj, h = run(u, dt, p, states[0].transpose(0, 1))
     B, C = per_token(p.B, H), per_token(p.C, H)
     g_t, u_t = g.transpose(0, 1)[..., None], u.transpose(0, 1)[..., None]
     adjoint = g_t * (p.kappa * C)
-    adjoint[-1] += eta
+    adjoint[-1] += eta.transpose(0, 1)
     for t in range(len(adjoint) - 2, -1, -1):
         torch.addcmul(adjoint[t], a_conj[t + 1], adjoint[t + 1], out=adjoint[t])
     du = (flat(adjoint) * flat(conj(w_conj)[..., None, :] * B)).sum(-1).transpose(0, 1)
     driven = adjoint * u_t  # the gradient of w B
     if B.shape[-2] == 1:
         driven = driven.sum(-2, keepdim=True)
-    end = a_conj[0] * adjoint[0]
+    end = (a_conj[0] * adjoint[0]).transpose(0, 1)
     dB = fold(driven * w_conj[..., None, :], p.B)
     dw = (driven * conj(B)).sum(-2)
     dC = fold(p.kappa * (g_t * h[1:] if p.C.ndim == 3 else over_channels(g_t, h[1:])), p.C)

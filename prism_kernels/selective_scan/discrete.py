@@ -40,6 +40,11 @@ class Params:
         """2 where conjugate states are implied."""
         return 2 if self.A.is_complex() else 1
 
+    @property
+    def by_channel(self) -> bool:
+        """Whether B or C has a value per channel."""
+        return self.B.ndim == 3 or self.C.ndim == 3
+
     def token_slice(self, time: slice) -> "Params":
         """The same with dependent B and C cut to some tokens."""
         B, C = (x[:, time] if x.ndim == 4 else x for x in (self.B, self.C))
@@ -67,8 +72,7 @@ def discretise(dt: Tensor, A: Tensor, euler: bool) -> tuple[Tensor, Tensor]:
     w = (exp(dt A) - 1) / A with a numerator that is exact to rounding in norm: its real part is
     expm1(x) cos(y) - 2 sin(y/2)^2. Where A vanishes, w = dt.
     """
-    real = A.real if A.is_complex() else A
-    x = dt * real
+    x = dt * real(A)
     gain = torch.exp(x)
     if not A.is_complex():
         a, rise = gain, torch.expm1(x)
@@ -85,6 +89,17 @@ def discretise(dt: Tensor, A: Tensor, euler: bool) -> tuple[Tensor, Tensor]:
     return a, w.add_(dt * vanishing) if vanishing.any() else w
 
 
+def real(x: Tensor) -> Tensor:
+    """The real part; a real one as it is."""
+    return x.real if x.is_complex() else x
+
+
+def over_time(rate: Tensor, x: Tensor) -> Tensor:
+    """sum rate x over time and what leads, for rate [...,H,t] and x [...,H,t,N]: [H,N]."""
+    sums = (rate[..., None, :] @ flat(x)).squeeze(-2)
+    return unflat(sums.sum(tuple(range(sums.ndim - 2))), x)
+
+
 def inverse(A: Tensor) -> Tensor:
     """1 / A, and 0 where A vanishes. Computed in float64, since its error meets every token alike."""
     vanishing = A.abs() < VANISHING
@@ -99,39 +114,36 @@ def rate_gradients(
 
     ddt = Re sum_n dtheta conj(A) + dw conj(a) and dA = sum_t dt dtheta + dw conj(chi), chi = dw/dA.
     """
-    lead = tuple(range(dt.ndim - 2))
-    through_w = dw if p.euler else dw * a_conj
-    through_w = (through_w.real if dw.is_complex() else through_w).sum(-1)
-    ddt = (flat(dtheta) @ flat(p.A)[:, :, None]).squeeze(-1) + through_w
-    dA = unflat((dt[..., None, :] @ flat(dtheta)).squeeze(-2).sum(lead), dtheta)
+    slope = dw if p.euler else dw * a_conj
+    ddt = (flat(dtheta) @ flat(p.A)[:, :, None]).squeeze(-1) + real(slope).sum(-1)
+    dA = over_time(dt, dtheta)
     if p.euler:
         return ddt, dA
-    return ddt, dA + weight_gradient(dw, a_conj, w_conj, dt, p.A)
+    return ddt, dA + weight_gradient(slope, dw * w_conj, dt, p.A)
 
 
-def weight_gradient(dw: Tensor, a_conj: Tensor, w_conj: Tensor, dt: Tensor, A: Tensor) -> Tensor:
-    """sum_t dw conj(dw/dA), r or c[H,N].
+def weight_gradient(slope: Tensor, weighted: Tensor, dt: Tensor, A: Tensor) -> Tensor:
+    """sum_t dw conj(dw/dA), r or c[H,N], from slope = dw conj(a) and weighted = dw conj(w), [...,H,c,N].
 
-    dw/dA = chi = (dt a - w) / A. Near dt A = 0, where that cancels, chi is a power series in dt, so
-    its sum over time is a product with powers of dt. Which of the two holds for a mode, its largest
+    dw/dA = chi = (dt a - w) / A. Near dt A = 0, where that cancels, chi / a is a power series in dt,
+    so its sum over time is a product with powers of dt. Which of the two holds for a mode, its largest
     step tells: the cancellation in its smaller steps is small beside that one.
     """
-    lead = (*range(dt.ndim - 2), -2)
-    far = dt.amax((*lead[:-1], -1))[:, None] * A.abs() >= SERIES_BELOW
-    away = unflat(dt[..., None] * flat(a_conj), a_conj).sub_(w_conj).mul_(dw).sum(lead)
-    return torch.where(far, away * conj(inverse(A)), near_zero(dw, dt, A))
+    far = dt.amax((*range(dt.ndim - 2), -1))[:, None] * A.abs() >= SERIES_BELOW
+    away = unflat(dt[..., None] * flat(slope), slope).sub_(weighted)
+    return torch.where(far, over_time(torch.ones_like(dt), away) * conj(inverse(A)), near_zero(slope, dt, A))
 
 
-def near_zero(dw: Tensor, dt: Tensor, A: Tensor) -> Tensor:
-    """sum_t dw conj(chi), chi = dt^2 sum_k (k + 1) / (k + 2)! (dt A)^k, with the small sums in float64."""
+def near_zero(slope: Tensor, dt: Tensor, A: Tensor) -> Tensor:
+    """sum_t slope conj(chi / a), chi / a = dt^2 sum_k (-dt A)^k / (k + 2)!, small sums in float64."""
     terms = SERIES_TERMS[dt.dtype]
     largest = dt.amax().clamp_min(torch.finfo(dt.dtype).tiny)
     powers = [(dt / largest).square()]
     for _ in range(terms - 1):
         powers.append(powers[-1] * (dt / largest))
-    moments = unflat((torch.stack(powers, -2) @ flat(dw)).sum(tuple(range(dt.ndim - 2))), dw)
-    moments = moments.to(torch.complex128 if dw.is_complex() else torch.float64)
-    rate, series = conj(A.to(moments.dtype)) * largest, torch.zeros_like(moments[:, 0])
+    moments = unflat((torch.stack(powers, -2) @ flat(slope)).sum(tuple(range(dt.ndim - 2))), slope)
+    moments = moments.to(torch.complex128 if slope.is_complex() else torch.float64)
+    rate, series = -conj(A.to(moments.dtype)) * largest, torch.zeros_like(moments[:, 0])
     for k in reversed(range(terms)):
-        series = series * rate + moments[:, k] * ((k + 1) / math.factorial(k + 2))
-    return (series * largest.double() ** 2).to(dw.dtype)
+        series = series * rate + moments[:, k] / math.factorial(k + 2)
+    return (series * largest.double() ** 2).to(slope.dtype)

@@ -7,13 +7,14 @@ criterion looks at the past alone. The other rows are taken from `blocks`.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import blocks
-from .discrete import Params, ScanGradients, conj, discretise, flat, unflat, weight_gradient
+from .discrete import Params, ScanGradients, conj, discretise, flat, over_time, real, unflat, weight_gradient
 
 CHUNK = 16
 LIMIT = {torch.float32: 40.0, torch.float64: 300.0}
@@ -21,98 +22,114 @@ LIMIT = {torch.float32: 40.0, torch.float64: 300.0}
 
 @dataclass(frozen=True)
 class Factors:
-    """What a chunk needs, each [m,B,H,c,N] (m chunks of c tokens); all but G and K conjugated."""
+    """What a chunk needs, each [m,H,B,c,N] (m chunks of c tokens); all but G and K conjugated."""
 
-    a: Tensor
     w: Tensor
     Q: Tensor  # decay from the start of the chunk through t
-    growth: Tensor  # its inverse
+    growth: Tensor  # [m,H,B,c+1,N]: 1, then the inverse of Q
+    R: Tensor  # w over Q
     G: Tensor
     K: Tensor
 
 
-def forward(u: Tensor, dt: Tensor, p: Params, states: Tensor) -> Tensor:
-    """Return y [B,T,H,P] of m chunks that start from states[0], and write states[1:]."""
+def forward(u: Tensor, dt: Tensor, p: Params, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y [B,T,H,P] of m chunks that start from states[0], Q and w; write states[1:]."""
     T = u.shape[1]
-    u_c, dt_c, f = to_chunks(u), to_chunks(dt), factors(dt, p)
-    stiff = is_stiff(dt_c, p)
+    u_c, dt_c = to_chunks(u), to_chunks(dt)
+    Q, w = decays(dt_c, p)
+    f, stiff = factors(Q, w, dt_c, p), is_stiff(dt_c, p)
     entered = unflat(u_c.mT @ flat(f.K), states)  # the input of a chunk, as if it came before the chunk
     exact = {}
     for k, is_exact in enumerate(stiff.flatten(1).any(1).tolist()):
         if is_exact:
             time = slice(k * CHUNK, min((k + 1) * CHUNK, T))
-            exact[k] = blocks.forward(u[:, time], dt[:, time], p.token_slice(time), states[k : k + 2])
+            exact[k], *_ = blocks.forward(u[:, time], dt[:, time], p.token_slice(time), states[k : k + 2])
         else:
             torch.mul(entered[k].add_(states[k]), conj(f.Q[k, ..., -1:, :]), out=states[k + 1])
     y = add_product(mixing(f) @ u_c, flat(f.G), flat(states[:-1]).mT)
     for k, rows in exact.items():
         y[k] = torch.where(stiff[k][..., None], to_chunks(rows)[0], y[k])
-    return from_chunks(y, T)
+    return from_chunks(y, T), Q, w
 
 
-def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: Tensor) -> ScanGradients:
+def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], eta: Tensor) -> ScanGradients:
     """Gradients of m chunks from g = dL/dy and eta = dL/d(the end state)."""
-    T, H = u.shape[1:3]
+    (states, Q, w), T = kept, u.shape[1]
     u_c, g_c, dt_c = to_chunks(u), to_chunks(g), to_chunks(dt)
     if is_stiff(dt_c, p).any():
         return backward_by_blocks(g, u, dt, p, states, eta)
-    f = factors(dt, p)
-    etas = torch.empty_like(states)
-    etas[:-1] = unflat(g_c.mT @ flat(f.G), states)
-    etas[-1] = eta
-    entered = torch.empty_like(states[:-1])  # dL/d(what enters a chunk at its start), through its end
-    for k in reversed(range(len(entered))):
-        torch.mul(f.Q[k, ..., -1:, :], etas[k + 1], out=entered[k])
-        etas[k] += entered[k]
+    f = factors(Q, w, dt_c, p)
+    entered, whole, dinitial = through_states(f, unflat(g_c.mT @ flat(f.G), states), states, eta)
 
     du = add_product(mixing(f).mT @ g_c, flat(f.K), flat(entered).mT)
     dM = g_c @ u_c.mT
-    dM_own = torch.diagonal(dM, dim1=-2, dim2=-1).clone()  # a token's own share of its output: no decay in it
+    own = torch.diagonal(dM, dim1=-2, dim2=-1)[..., None].clone()  # what a token does to its own output
     dM.tril_(-1)
     dG = unflat(add_product(dM @ flat(f.K), g_c, flat(states[:-1])), f.G)
-    dK_inside, dK_end = (unflat(x, f.G) for x in (dM.mT @ flat(f.G), u_c @ flat(entered)))
+    dK, dK_end = (unflat(x, f.G) for x in (dM.mT @ flat(f.G), u_c @ flat(entered)))
+    read, driven, driven_end = conj_(dG).mul_(f.Q), dK * f.R, dK_end * f.R  # conj(dC) / kappa, and dB
 
-    # Gradients of exponents of A: from s to t inside the chunk (theta), from s to its end, over all of it.
-    # Each is summed by itself; together they would cancel.
-    read, driven = conj_(dG).mul_(f.Q), dK_inside.mul_(f.growth)  # conj(dC) / kappa, and dL/d(w B)
-    driven_end = dK_end.mul_(f.growth)
-    B_conj, C = conj(per_token(p.B, H)), p.kappa * per_token(p.C, H)
-    W_conj = f.w * B_conj
-    own = dM_own[..., None]
-    dC = p.kappa * conj(fold(unflat(torch.addcmul(flat(read), own, flat(W_conj)), read), p.C, T))
-    theta = read.mul_(C).sub_(driven * W_conj)
-    to_end = driven_end * W_conj
-    whole = (entered * conj(states[:-1])).sum(-2)[..., None, :]
-    S = dt_c.cumsum(-1)
-    dS, dS_end = over_modes(theta, p.A), over_modes(to_end, p.A)
-    ddt = dS.flip(-1).cumsum(-1).flip(-1) + dS_end.cumsum(-1).sub_(dS_end) + over_modes(whole, p.A)
-    dA = over_time(S, theta) + over_time(S[..., -1:] - S, to_end) + over_time(S[..., -1:], whole)
+    # Gradients of exponents of A: from s to t inside the chunk, from s to its end, over all of it. Each
+    # is summed by itself; together they would cancel. A token's own share has no decay in it.
+    B_conj, C = conj(per_token(p.B, p)), p.kappa * per_token(p.C, p)
+    B_chunks, S = on_chunks(B_conj), dt_c.cumsum(-1)
+    inside, dA_inside = exponents((read * on_chunks(C)).addcmul_(driven, B_chunks, value=-1), S, p)
+    to_end, dA_to_end = exponents(driven_end.mul_(B_chunks), S[..., -1:] - S, p)
+    over_all, dA_over_all = exponents(whole[..., None, :], S[..., -1:], p)
+    ddt = inside.flip(-1).cumsum(-1).flip(-1) + to_end.cumsum(-1).sub_(to_end) + over_all
+    dA = dA_inside + dA_to_end + dA_over_all
 
-    flat(driven.add_(driven_end)).addcmul_(own, flat(C))
-    dB = fold(driven * f.w, p.B, T)
-    dw = driven.mul_(B_conj)
-    ddt += real(dw if p.euler else dw * f.a).sum(-1)
+    flat(dK.add_(dK_end)).addcmul_(own, flat(f.G))
+    torch.mul(dK, f.R, out=driven)
+    read.addcmul_(unflat(own * flat(f.w), f.w), B_chunks)
+    dB, dC = fold(driven, p.B, T), p.kappa * conj(fold(read, p.C, T))
+    # dK over Q is the gradient of w B; over the Q of the token before, that times conj(a).
+    slope, scale = dK.mul_(f.growth[..., p.euler : CHUNK + p.euler, :]), B_conj
+    if p.B.ndim == 4:
+        slope, driven, scale = slope.mul_(B_conj), driven.mul_(B_conj), torch.ones_like(p.A)
+    ddt += over_modes(slope, scale)
     if not p.euler:
-        dA += weight_gradient(dw, f.a, f.w, dt_c, p.A)
-    return ScanGradients(from_chunks(du, T), from_chunks(ddt, T), dA, dB, dC, etas[0])
+        sums = (slope.flatten(2, 3), driven.flatten(2, 3), dt_c.flatten(2))
+        dA += scale * weight_gradient(*sums, p.A)
+    return ScanGradients(from_chunks(du, T), from_chunks(ddt, T), dA, dB, dC, dinitial)
 
 
-def factors(dt: Tensor, p: Params) -> Factors:
+def through_states(f: Factors, outputs: Tensor, states: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of the states, last chunk first.
+
+    From dL/d(states) [m,H,B,P,N] through the outputs and `eta` for the last state, return dL/d(what
+    enters a chunk at its start) through its end [m,H,B,P,N], its product with the state there
+    [m,H,B,N], and dL/d(states[0]).
+    """
+    entered, whole = torch.empty_like(outputs), torch.empty_like(outputs[..., 0, :])
+    product = torch.empty_like(eta)
+    for k in reversed(range(len(entered))):
+        torch.mul(f.Q[k, ..., -1:, :], eta, out=entered[k])
+        torch.sum(conj_(product.copy_(states[k])).mul_(entered[k]), -2, out=whole[k])
+        eta = outputs[k].add_(entered[k])
+    return entered, whole, eta
+
+
+def decays(dt_c: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+    """Q and w [m,H,B,c,N], conjugated, from step sizes [m,H,B,c]; under Euler w is dt and comes out empty."""
+    Q, w = discretise(dt_c[..., None], on_chunks(p.A), p.euler)
+    for before, row in pairwise(Q.unbind(-2)):  # from a to its running product
+        row.mul_(before)
+    return Q, dt_c.new_empty(0) if p.euler else w
+
+
+def factors(Q: Tensor, w: Tensor, dt_c: Tensor, p: Params) -> Factors:
     """Everything of a run of chunks that does not depend on u."""
-    H = dt.shape[2]
-    a, w = discretise(to_chunks(dt)[..., None], p.A[:, None], p.euler)
-    w = w.expand(a.shape)
-    Q = a.clone()
-    for t in range(1, CHUNK):
-        Q[..., t, :] *= Q[..., t - 1, :]
-    growth = Q.reciprocal()
-    G = Q * (p.kappa * per_token(p.C, H))
-    K = (growth * w).mul_(conj(per_token(p.B, H)))
-    return Factors(a, w, Q, growth, G, conj_(K))
+    if p.euler:
+        w = dt_c[..., None].to(Q.dtype).expand(Q.shape)
+    growth = Q.new_ones(*Q.shape[:-2], CHUNK + 1, Q.shape[-1])
+    R = torch.reciprocal(Q, out=growth[..., 1:, :]) * w
+    G = Q * on_chunks(p.kappa * per_token(p.C, p))
+    return Factors(w, Q, growth, R, G, conj_(R * on_chunks(conj(per_token(p.B, p)))))
 
 
 def mixing(f: Factors) -> Tensor:
-    """M [m,B,H,c,c], zero above the diagonal."""
+    """M [m,H,B,c,c], zero above the diagonal."""
     return (flat(f.G) @ flat(f.K).mT).tril_()
 
 
@@ -122,19 +139,22 @@ def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x
 
 
-def over_time(rate: Tensor, x: Tensor) -> Tensor:
-    """Sum of x [m,B,H,c,N] over chunks, batch and tokens, weighted by rate [m,B,H,c]: [H,N]."""
-    return unflat((rate[..., None, :] @ flat(x)).squeeze(-2).sum((0, 1)), x)
+def exponents(x: Tensor, rate: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+    """Gradients of times [m,H,B,c] and of A [H,N] from those of exponents, x [m,H,B,c,N].
+
+    `rate` [m,H,B,c] is the time that multiplies A in the exponent.
+    """
+    return over_modes(x, conj(p.A)), over_time(rate.flatten(2), x.flatten(2, 3))
 
 
 def over_modes(x: Tensor, y: Tensor) -> Tensor:
-    """Re sum_n conj(y) x for x [m,B,H,c,N] and y [H,N]: [m,B,H,c]."""
-    return (flat(x) @ flat(y)[:, :, None]).squeeze(-1)
+    """Re sum_n x y for x [m,H,B,c,N] and y [H,N]: [m,H,B,c]."""
+    return (flat(conj(y))[:, None] @ flat(x).flatten(2, 3).mT).view(x.shape[:-1])
 
 
-def real(x: Tensor) -> Tensor:
-    """The real part; a real one as it is."""
-    return x.real if x.is_complex() else x
+def on_chunks(x: Tensor) -> Tensor:
+    """A static [H,N] so that it broadcasts over [m,H,B,c,N]."""
+    return x[:, None, None] if x.ndim == 2 else x
 
 
 def conj_(x: Tensor) -> Tensor:
@@ -142,10 +162,10 @@ def conj_(x: Tensor) -> Tensor:
     return x.conj_physical_() if x.is_complex() else x
 
 
-def is_stiff(dt: Tensor, p: Params) -> Tensor:
-    """[m,B,H,c]: whether some state has decayed by more than LIMIT since the start of the chunk."""
+def is_stiff(dt_c: Tensor, p: Params) -> Tensor:
+    """[m,H,B,c]: whether some state has decayed by more than LIMIT since the start of the chunk."""
     rate = (p.A.real if p.A.is_complex() else p.A).abs().amax(-1)
-    return dt.cumsum(-1) * rate[:, None] > LIMIT[dt.dtype]
+    return dt_c.cumsum(-1) * rate[:, None, None] > LIMIT[dt_c.dtype]
 
 
 def backward_by_blocks(
@@ -155,7 +175,7 @@ def backward_by_blocks(
     runs = []
     for k, time in reversed(list(enumerate(chunk_slices(u.shape[1])))):
         p_k = p.token_slice(time)
-        runs.append(blocks.backward(g[:, time], u[:, time], dt[:, time], p_k, states[k : k + 2], eta))
+        runs.append(blocks.backward(g[:, time], u[:, time], dt[:, time], p_k, [states[k : k + 2]], eta))
         eta = runs[-1].initial_state
     du, ddt, dA, dBs, dCs, _ = zip(*reversed(runs), strict=True)
     dB, dC = (torch.cat(d, 1) if x.ndim == 4 else torch.stack(d).sum(0) for d, x in ((dBs, p.B), (dCs, p.C)))
@@ -168,28 +188,29 @@ def chunk_slices(T: int) -> list[slice]:
 
 
 def to_chunks(x: Tensor) -> Tensor:
-    """[B,T,H,...] as [m,B,H,c,...], padded with zeros at the end."""
+    """[B,T,H,...] as [m,H,B,c,...], padded with zeros at the end."""
     missing = -x.shape[1] % CHUNK
     if missing:
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
     x = x.unflatten(1, (-1, CHUNK))
-    return x.permute(1, 0, 3, 2, *range(4, x.ndim)).contiguous()
+    return x.permute(1, 3, 0, 2, *range(4, x.ndim)).contiguous()
 
 
 def from_chunks(x: Tensor, T: int) -> Tensor:
     """The inverse of `to_chunks`, cut to T tokens."""
-    return x.permute(1, 0, 3, 2, *range(4, x.ndim)).flatten(1, 2)[:, :T]
+    return x.permute(2, 0, 3, 1, *range(4, x.ndim)).flatten(1, 2)[:, :T]
 
 
-def per_token(x: Tensor, H: int) -> Tensor:
-    """Static [H,N] as [H,1,N], dependent [B,T,G,N] as [m,B,H,c,N]."""
+def per_token(x: Tensor, p: Params) -> Tensor:
+    """Static [H,N] as it is, dependent [B,T,G,N] as [m,H,B,c,N]."""
     if x.ndim == 2:
-        return x[:, None]
-    return unflat(to_chunks(flat(x)), x).repeat_interleave(H // x.shape[2], 2)
+        return x
+    return unflat(to_chunks(flat(x)), x).repeat_interleave(len(p.A) // x.shape[2], 1)
 
 
 def fold(d: Tensor, like: Tensor, T: int) -> Tensor:
-    """The gradient d [m,B,H,c,N] summed to the shape of `like`."""
+    """The gradient d [m,H,B,c,N] summed to the shape of `like`."""
     if like.ndim == 2:
-        return d.sum((0, 1, 3))
-    return from_chunks(d.unflatten(2, (like.shape[2], -1)).sum(3), T)
+        d = d.flatten(2, 3)
+        return over_time(torch.ones_like(real(d[..., 0])), d)
+    return from_chunks(d.unflatten(1, (like.shape[2], -1)).sum(2), T)

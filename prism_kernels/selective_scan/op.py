@@ -1,6 +1,8 @@
 """The opaque custom ops: forward and backward of the whole selective scan, on either fast path.
 
-Complex tensors enter as real pairs with a last axis of 2; `A.ndim == 3` says that they do.
+Complex tensors enter as real pairs with a last axis of 2; `A.ndim == 3` says that they do. The forward
+returns (y, final_state) and four residuals: three of the recurrence, and y before the gate. Each is empty
+where the path, or a call without gradients, has no use for it.
 """
 
 from types import ModuleType
@@ -43,15 +45,16 @@ def selective_scan_fwd(
     dt_softplus: bool,
     reverse: bool,
     euler: bool,
+    save: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y, the final state, the states at chunk bounds, and y before the gate (empty without a gate)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Forward of the whole op."""
     with without_autocast(u.device):
         if checks.values_are_checked(u):
             frame.check_values(OP, u, dt, dt_bias, A, cu_seqlens, dt_softplus)
         wide = accumulate_dtype(u.dtype)
         scan = Scan.of(u, dt, A, B, C, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler)
-        y, final_state, states = path(impl).forward(scan.u, scan.dt, scan.params, scan.h0)
+        y, final_state, kept = path(impl).forward(scan.u, scan.dt, scan.params, scan.h0)
         if D is not None:
             y = torch.addcmul(y, frame.skip(D, u.shape[2], wide), scan.u)
         y = scan.layout.restore(y)
@@ -59,33 +62,33 @@ def selective_scan_fwd(
         if z is not None:
             gate = F.silu(z[:, : scan.layout.total].to(wide))
             ungated, y = y, frame.padded(y[:, : scan.layout.total] * gate, y.shape[1])
-        states = as_pairs(states) if cu_seqlens is None else y.new_empty(0)
-        return y.to(u.dtype).contiguous(), as_pairs(final_state), states, ungated.contiguous()
+        # With cu_seqlens the sizes depend on the data.
+        kept = [as_pairs(x) if save and cu_seqlens is None else y.new_empty(0) for x in kept]
+        ungated = ungated.contiguous() if save else y.new_empty(0)
+        return y.to(u.dtype).contiguous(), as_pairs(final_state), *kept, ungated
 
 
 @selective_scan_fwd.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler, impl):
+def _(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler, save, impl):
     wide = accumulate_dtype(u.dtype)
     (batch, T, H, P), N, pair = u.shape, A.shape[1], tuple(A.shape[2:])
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rank = A.ndim + 1  # of B and C with a value per channel
-    kept = (0,)
-    if cu_seqlens is None:
-        kept = path(impl).states_shape(batch, T, H, P, N, B.ndim == rank, C.ndim == rank) + pair
+    kept = path(impl).residual_shapes(batch, T, H, P, N, rank in (B.ndim, C.ndim), euler)
+    kept = [(*x, *pair) if save and cu_seqlens is None and len(x) > 1 else (0,) for x in kept]
     return (
         torch.empty_like(u, memory_format=torch.contiguous_format),
         u.new_empty((rows, H, P, N, *pair), dtype=wide),
-        u.new_empty(kept, dtype=wide),
-        u.new_empty((0,) if z is None else u.shape, dtype=wide),
+        *(u.new_empty(shape, dtype=wide) for shape in kept),
+        u.new_empty((0,) if z is None or not save else u.shape, dtype=wide),
     )
 
 
 @torch.library.custom_op("prism_kernels::selective_scan_bwd", mutates_args=())
 def selective_scan_bwd(
     dy: Tensor,
-    dfinal: Tensor,
-    states: Tensor,
-    ungated: Tensor,
+    dfinal: Tensor | None,
+    residuals: list[Tensor],
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -105,6 +108,10 @@ def selective_scan_bwd(
     with without_autocast(u.device):
         wide = accumulate_dtype(u.dtype)
         scan = Scan.of(u, dt, A, B, C, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler)
+        if cu_seqlens is None and residuals[0].ndim == 1:
+            tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
+            residuals = selective_scan_fwd(*tensors, dt_softplus, reverse, euler, True, impl)[2:]
+        *kept, ungated = residuals
         layout, total = scan.layout, scan.layout.total
         g, dz = dy.to(wide), None
         if z is not None:
@@ -113,11 +120,11 @@ def selective_scan_bwd(
             g = g * F.silu(gate)
         g = layout.arrange(g)
         if cu_seqlens is None:
-            states = as_numbers(states, A)
+            kept = [as_numbers(x, A) if x.ndim > 1 else x for x in kept]
         else:
-            states = path(impl).forward(scan.u, scan.dt, scan.params, scan.h0)[2]
-        eta = as_numbers(dfinal.to(wide), A)
-        d: ScanGradients = path(impl).backward(g, scan.u, scan.dt, scan.params, states, eta)
+            kept = path(impl).forward(scan.u, scan.dt, scan.params, scan.h0)[2]
+        eta = torch.zeros_like(scan.h0) if dfinal is None else as_numbers(dfinal.to(wide), A)
+        d: ScanGradients = path(impl).backward(g, scan.u, scan.dt, scan.params, kept, eta)
         du, dD = d.u, None
         if D is not None:
             du = torch.addcmul(du, g, frame.skip(D, u.shape[2], wide))
@@ -140,14 +147,14 @@ def selective_scan_bwd(
 
 
 def like(x: Tensor | None, gradient: Tensor | None, u: Tensor) -> Tensor:
-    """The gradient in memory of its own, in the dtype of `x`; empty where there is no input `x`."""
+    """The gradient in the dtype of `x`, contiguous; empty where there is no input `x`."""
     if x is None or gradient is None:
         return u.new_empty(0)
-    return as_pairs(gradient).to(x.dtype).clone(memory_format=torch.contiguous_format)
+    return as_pairs(gradient).to(x.dtype).contiguous()
 
 
 @selective_scan_bwd.register_fake
-def _(dy, dfinal, states, ungated, u, dt, A, B, C, D, z, dt_bias, initial_state, *options):
+def _(dy, dfinal, residuals, u, dt, A, B, C, D, z, dt_bias, initial_state, *options):
     return tuple(
         u.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (u, dt, A, B, C, D, z, dt_bias, initial_state)
@@ -155,14 +162,18 @@ def _(dy, dfinal, states, ungated, u, dt, A, B, C, D, z, dt_bias, initial_state,
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*output[2:], *inputs[:10])
-    ctx.options = inputs[10:]
+    *tensors, dt_softplus, reverse, euler, _save, impl = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.options = dt_softplus, reverse, euler, impl
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dfinal, dstates, dungated):
-    grads = selective_scan_bwd(dy.contiguous(), dfinal.contiguous(), *ctx.saved_tensors, *ctx.options)
-    given = (x is not None for x in ctx.saved_tensors[2:11])
-    return *(d if here else None for d, here in zip(grads, given, strict=True)), *(None,) * 5
+def _backward(ctx, dy, dfinal, *_):
+    tensors, residuals = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    grads = selective_scan_bwd(dy, dfinal, list(residuals), *tensors, *ctx.options)
+    given = (x is not None for x in tensors[:9])
+    return *(d if here else None for d, here in zip(grads, given, strict=True)), *(None,) * 6
 
 
 selective_scan_fwd.register_autograd(_backward, setup_context=_save)

@@ -13,7 +13,7 @@ TILE = 128  # states of one warp: four per lane
 MOST_WARPS = 8
 
 
-def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return y [B,T,H,P], the final state, and the states [B,segments,H,P,N] before each segment."""
     batch, T, H, P = u.shape
     N = p.A.shape[1]
@@ -30,10 +30,12 @@ def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tenso
         num_warps=num_warps,
         **sizes,
     )
-    return y, last, states
+    return y, last, [states, u.new_empty(0), u.new_empty(0)]
 
 
-def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: Tensor) -> ScanGradients:
+def backward(
+    g: Tensor, u: Tensor, dt: Tensor, p: Params, residuals: list[Tensor], eta: Tensor
+) -> ScanGradients:
     """Gradients from g = dL/dy and eta = dL/d(final state)."""
     batch, T, H, P = u.shape
     N = p.A.shape[1]
@@ -41,7 +43,7 @@ def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: T
     du, ddt = u.new_empty(batch, T, H, P), u.new_empty(batch, T, H, P)
     dA, dB, dC, dh0 = (torch.empty(batch, H, P, N, dtype=p.A.dtype, device=u.device) for _ in range(4))
     scratch = u.new_empty(grid[0], SEGMENT, sizes["BLOCK_C"] * sizes["BLOCK_N"], 2)
-    A, B, C, kept, end = (as_pairs(x).contiguous() for x in (p.A, p.B, p.C, states, eta))
+    A, B, C, kept, end = (as_pairs(x).contiguous() for x in (p.A, p.B, p.C, residuals[0], eta))
     launch(
         kernels.scan_backward,
         grid,
@@ -56,10 +58,15 @@ def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: T
     return ScanGradients(du, ddt.sum(-1), dA.sum((0, 2)), dB, dC, dh0)
 
 
-def states_shape(
-    batch: int, T: int, H: int, P: int, N: int, B_by_channel: bool = False, C_by_channel: bool = False
-) -> tuple[int, ...]:
-    """Shape of the states that `forward` keeps."""
+def residual_shapes(
+    batch: int, T: int, H: int, P: int, N: int, by_channel: bool, euler: bool
+) -> list[tuple[int, ...]]:
+    """Shapes of what `forward` keeps."""
+    return [states_shape(batch, T, H, P, N), (0,), (0,)]
+
+
+def states_shape(batch: int, T: int, H: int, P: int, N: int) -> tuple[int, ...]:
+    """Shape of the stored states."""
     return batch, (T + SEGMENT - 1) // SEGMENT, H, P, N
 
 
