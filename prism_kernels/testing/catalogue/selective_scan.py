@@ -2,8 +2,8 @@
 
 import cmath
 import math
-from dataclasses import replace
 import zlib
+from dataclasses import replace
 from functools import partial
 
 import torch
