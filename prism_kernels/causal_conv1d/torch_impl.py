@@ -141,13 +141,14 @@ def backward(
         z = _preactivation(history, weight, bias)
         sigmoid = torch.sigmoid(z)
         dz = dz * sigmoid * (1 + z * (1 - sigmoid))
-    dx, dstate = (torch.zeros(t.shape, dtype=wide, device=x.device) for t in (history.x, history.state))
-    taps, dweight = weight.to(wide), torch.empty(weight.shape, dtype=wide, device=x.device)
-    for j in range(W):
-        d = W - 1 - j
-        dweight[:, j] = (dz * history.delayed(d)).sum((0, 1))
-        history.add_adjoint(dx, dstate, dz, taps[:, j], d)
+    taps, dtaps = taps_of(weight, wide), []
+    dx, dstate = dz * taps[0], torch.zeros_like(history.state)
+    for d in range(W):
+        dtaps.append((dz * history.delayed(d)).sum((0, 1)))
+        if d:
+            history.add_adjoint(dx, dstate, dz, taps[d], d)
     history.add_final_adjoint(dx, dstate, dfinal.transpose(1, 2).to(wide))
+    dweight = torch.stack(dtaps[::-1], 1)
     return _pad(dx, x.shape[1]), dweight, dz.sum((0, 1)), dstate.transpose(1, 2).contiguous()
 
 
@@ -157,10 +158,13 @@ def _pad(y: Tensor, T: int) -> Tensor:
 
 
 def _preactivation(history: History, weight: Tensor, bias: Tensor | None) -> Tensor:
-    taps = weight.to(history.x.dtype)
-    z = history.x * taps[:, -1]
-    if bias is not None:
-        z += bias.to(z.dtype)
+    taps = taps_of(weight, history.x.dtype)
+    z = history.x * taps[0] if bias is None else torch.addcmul(bias.to(taps.dtype), history.x, taps[0])
     for d in range(1, history.W):
-        z.addcmul_(history.delayed(d), taps[:, history.W - 1 - d])
+        z.addcmul_(history.delayed(d), taps[d])
     return z
+
+
+def taps_of(weight: Tensor, wide: torch.dtype) -> Tensor:
+    """The weight of each delay d as one row, r[W,D]."""
+    return weight.to(wide).flip(1).T.contiguous()

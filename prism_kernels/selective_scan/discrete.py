@@ -3,7 +3,6 @@
 Tensors are complex or real, in the dtype of the state. The derivations are in README.md.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,6 +48,29 @@ class Params:
         """The same with dependent B and C cut to some tokens."""
         B, C = (x[:, time] if x.ndim == 4 else x for x in (self.B, self.C))
         return Params(self.A, B, C, self.euler)
+
+
+def joined(runs: list[ScanGradients], p: Params) -> ScanGradients:
+    """The gradients of consecutive runs of time as one, with the initial state's of the first."""
+    du, ddt, dA, dB, dC, dinitial = zip(*runs, strict=True)
+    return ScanGradients(
+        concatenated(du, 1),
+        concatenated(ddt, 1),
+        added(dA),
+        concatenated(dB, 1) if p.B.ndim == 4 else added(dB),
+        concatenated(dC, 1) if p.C.ndim == 4 else added(dC),
+        dinitial[0],
+    )
+
+
+def concatenated(xs: tuple[Tensor, ...], dim: int) -> Tensor:
+    """`torch.cat` that copies nothing when there is one."""
+    return xs[0] if len(xs) == 1 else torch.cat(xs, dim)
+
+
+def added(xs: tuple[Tensor, ...]) -> Tensor:
+    """The sum of tensors of one shape."""
+    return xs[0] if len(xs) == 1 else torch.stack(xs).sum(0)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -136,14 +158,14 @@ def weight_gradient(slope: Tensor, weighted: Tensor, dt: Tensor, A: Tensor) -> T
 
 def near_zero(slope: Tensor, dt: Tensor, A: Tensor) -> Tensor:
     """sum_t slope conj(chi / a), chi / a = dt^2 sum_k (-dt A)^k / (k + 2)!, small sums in float64."""
-    terms = SERIES_TERMS[dt.dtype]
     largest = dt.amax().clamp_min(torch.finfo(dt.dtype).tiny)
-    powers = [(dt / largest).square()]
-    for _ in range(terms - 1):
-        powers.append(powers[-1] * (dt / largest))
+    step = dt / largest
+    powers = [step.square()]
+    for _ in range(SERIES_TERMS[dt.dtype] - 1):
+        powers.append(powers[-1] * step)
     moments = unflat((torch.stack(powers, -2) @ flat(slope)).sum(tuple(range(dt.ndim - 2))), slope)
-    moments = moments.to(torch.complex128 if slope.is_complex() else torch.float64)
-    rate, series = -conj(A.to(moments.dtype)) * largest, torch.zeros_like(moments[:, 0])
-    for k in reversed(range(terms)):
-        series = series * rate + moments[:, k] / math.factorial(k + 2)
-    return (series * largest.double() ** 2).to(slope.dtype)
+    # (-dt A)^k / (k + 2)! is a product of k factors, the first of them 1/2.
+    over = 1 / torch.arange(2, 2 + len(powers), dtype=torch.float64, device=dt.device)[:, None]
+    factors = -conj(A.to(torch.complex128 if A.is_complex() else torch.float64))[:, None] * (largest * over)
+    factors[:, 0] = 0.5
+    return ((factors.cumprod(1) * moments).sum(1) * largest.double() ** 2).to(slope.dtype)

@@ -7,16 +7,27 @@ criterion looks at the past alone. The other rows are taken from `blocks`.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import blocks
-from .discrete import Params, ScanGradients, conj, discretise, flat, over_time, real, unflat, weight_gradient
+from .discrete import (
+    Params,
+    ScanGradients,
+    conj,
+    discretise,
+    flat,
+    joined,
+    over_time,
+    real,
+    unflat,
+    weight_gradient,
+)
 
 CHUNK = 16
+HALVES = (1, 2, 4, 8)
 LIMIT = {torch.float32: 40.0, torch.float64: 300.0}
 
 
@@ -38,14 +49,15 @@ def forward(u: Tensor, dt: Tensor, p: Params, states: Tensor) -> tuple[Tensor, T
     u_c, dt_c = to_chunks(u), to_chunks(dt)
     Q, w = decays(dt_c, p)
     f, stiff = factors(Q, w, dt_c, p), is_stiff(dt_c, p)
-    entered = unflat(u_c.mT @ flat(f.K), states)  # the input of a chunk, as if it came before the chunk
+    entered = states[1:]  # the input of a chunk, as if it came before the chunk
+    torch.bmm(u_c.mT.flatten(0, 2), flat(f.K).flatten(0, 2), out=flat(entered).flatten(0, 2))
     exact = {}
     for k, is_exact in enumerate(stiff.flatten(1).any(1).tolist()):
         if is_exact:
             time = slice(k * CHUNK, min((k + 1) * CHUNK, T))
             exact[k], *_ = blocks.forward(u[:, time], dt[:, time], p.token_slice(time), states[k : k + 2])
         else:
-            torch.mul(entered[k].add_(states[k]), conj(f.Q[k, ..., -1:, :]), out=states[k + 1])
+            entered[k].add_(states[k]).mul_(conj(f.Q[k, ..., -1:, :]))
     y = add_product(mixing(f) @ u_c, flat(f.G), flat(states[:-1]).mT)
     for k, rows in exact.items():
         y[k] = torch.where(stiff[k][..., None], to_chunks(rows)[0], y[k])
@@ -113,8 +125,9 @@ def through_states(f: Factors, outputs: Tensor, states: Tensor, eta: Tensor) -> 
 def decays(dt_c: Tensor, p: Params) -> tuple[Tensor, Tensor]:
     """Q and w [m,H,B,c,N], conjugated, from step sizes [m,H,B,c]; under Euler w is dt and comes out empty."""
     Q, w = discretise(dt_c[..., None], on_chunks(p.A), p.euler)
-    for before, row in pairwise(Q.unbind(-2)):  # from a to its running product
-        row.mul_(before)
+    for half in HALVES:  # from a to its running product: the last of a first half times each of the second
+        pairs = Q.unflatten(-2, (-1, 2, half))
+        pairs[..., 1, :, :].mul_(pairs[..., 0, -1:, :])
     return Q, dt_c.new_empty(0) if p.euler else w
 
 
@@ -177,9 +190,7 @@ def backward_by_blocks(
         p_k = p.token_slice(time)
         runs.append(blocks.backward(g[:, time], u[:, time], dt[:, time], p_k, [states[k : k + 2]], eta))
         eta = runs[-1].initial_state
-    du, ddt, dA, dBs, dCs, _ = zip(*reversed(runs), strict=True)
-    dB, dC = (torch.cat(d, 1) if x.ndim == 4 else torch.stack(d).sum(0) for d, x in ((dBs, p.B), (dCs, p.C)))
-    return ScanGradients(torch.cat(du, 1), torch.cat(ddt, 1), torch.stack(dA).sum(0), dB, dC, eta)
+    return joined(runs[::-1], p)
 
 
 def chunk_slices(T: int) -> list[slice]:

@@ -128,7 +128,7 @@ def selective_scan_bwd(
         du, dD = d.u, None
         if D is not None:
             du = torch.addcmul(du, g, frame.skip(D, u.shape[2], wide))
-            dD = (g.double() * scan.u).sum((0, 1))
+            dD = (g * scan.u).sum((0, 1), dtype=torch.float64)
             dD = dD if D.ndim == 2 else dD.sum(-1)
         ddt = d.dt * -torch.expm1(-scan.dt) if dt_softplus else d.dt
         ddt = layout.restore(ddt)

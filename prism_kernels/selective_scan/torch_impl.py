@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from . import blocks, dual
-from .discrete import Params, ScanGradients
+from .discrete import Params, ScanGradients, concatenated, joined
 
 DUAL_CHANNELS = 4  # fewer channels per head do not repay building the matrices
 DUAL_TOKENS = 4
 NOTHING = (0,)
-SLAB = 2**18  # elements [B,time,H,N] of one run of chunks: larger ones leave the cache
+SLAB = 2**18
 
 
 def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -29,34 +29,28 @@ def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tenso
     (batch, T, H, P), N = u.shape, p.A.shape[-1]
     states = h0.new_empty(-(-T // c) + 1, H, batch, P, N)
     states[0] = h0.transpose(0, 1)
-    y, runs = torch.empty_like(u), []
+    runs = []
     for k in range(0, len(states) - 1, m):
         time = slice(k * c, (k + m) * c)
-        y[:, time], *factors = way.forward(
-            u[:, time], dt[:, time], p.token_slice(time), states[k : k + m + 1]
-        )
-        runs.append(factors)
+        runs.append(way.forward(u[:, time], dt[:, time], p.token_slice(time), states[k : k + m + 1]))
     final = states[-1].transpose(0, 1).clone(memory_format=torch.contiguous_format)
-    decay, weight = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*runs, strict=True))
-    return y, final, [states, decay, weight]
+    y, decay, weight = zip(*runs, strict=True)
+    return concatenated(y, 1), final, [states, concatenated(decay, 0), concatenated(weight, 0)]
 
 
 def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], eta: Tensor) -> ScanGradients:
     """Gradients from g = dL/dy and eta = dL/d(final state)."""
     batch, (way, c, m) = u.shape[0], plan(u.shape, p.A.shape[-1], p.by_channel)
-    states, *factors = kept
-    du, ddt, dA = torch.empty_like(u), torch.empty_like(dt), torch.zeros_like(p.A)
-    dB, dC = torch.zeros_like(p.B), torch.zeros_like(p.C)
+    if not batch:
+        return ScanGradients(*(torch.zeros_like(x) for x in (u, dt, p.A, p.B, p.C, eta)))
+    (states, *factors), runs = kept, []
     eta = eta.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-    for k in reversed(range(0, len(states) - 1, m)) if batch else ():
+    for k in reversed(range(0, len(states) - 1, m)):
         time = slice(k * c, (k + m) * c)
         run = [states[k : k + m + 1], *(x[k : k + m] for x in factors)]
-        part = way.backward(g[:, time], u[:, time], dt[:, time], p.token_slice(time), run, eta)
-        du[:, time], ddt[:, time], eta = part.u, part.dt, part.initial_state
-        dA += part.A
-        for whole, piece in ((dB, part.B), (dC, part.C)):
-            (whole[:, time] if whole.ndim == 4 else whole).add_(piece)
-    return ScanGradients(du, ddt, dA, dB, dC, eta.transpose(0, 1))
+        runs.append(way.backward(g[:, time], u[:, time], dt[:, time], p.token_slice(time), run, eta))
+        eta = runs[-1].initial_state
+    return joined(runs[::-1], p)._replace(initial_state=eta.transpose(0, 1))
 
 
 def plan(shape: torch.Size | tuple[int, ...], N: int, by_channel: bool) -> tuple[ModuleType, int, int]:

@@ -8,7 +8,7 @@ from .op import NAME, swiglu_fwd
 from .reference import swiglu_reference
 
 
-def swiglu(gate: Tensor, up: Tensor, *, impl: str | None = None) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None, *, impl: str | None = None) -> Tensor:
     """Gate one projection by the SiLU of another.
 
         y = silu(gate) * up
@@ -17,28 +17,35 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: str | None = None) -> Tensor:
     First-order gradients only on the "torch" path.
 
     Args:
-        gate: r[...], float16, bfloat16, float32 or float64. Strided halves of one matrix product are fine.
-        up: like gate.
+        gate: r[...], float16, bfloat16, float32 or float64.
+        up: like gate. None: `gate` r[...,2F] is both, gate in the first half of its last axis; its
+            gradient then needs no concatenation.
         impl: "torch", "reference", or None for "torch".
 
     Returns:
-        A tensor like gate.
+        A tensor like gate, or r[...,F] of one r[...,2F].
 
     Raises:
-        ValueError: Shapes or devices differ.
+        ValueError: Shapes or devices differ, or the last axis of both in one is odd.
         TypeError: A dtype does not fit, or the two differ.
 
     Example:
-        >>> gate, up = torch.randn(2, 10, 16).chunk(2, dim=-1)
-        >>> swiglu(gate, up).shape
+        >>> swiglu(torch.randn(2, 10, 16)).shape
         torch.Size([2, 10, 8])
 
     Source: Shazeer 2020, equation 6 (without the projections).
     """
     checks.check_dtype(NAME, "gate", gate, checks.FLOATS)
-    checks.check_same(NAME, gate=gate, up=up)
-    checks.check_device(NAME, gate=gate, up=up)
-    checks.check_shape(NAME, "up", up, gate.shape, "[...]", "`gate` and `up` must have one shape.")
+    if up is None:
+        if gate.ndim == 0 or gate.shape[-1] % 2:
+            shape = tuple(gate.shape)
+            checks.fail(
+                NAME, "`gate` [..., 2F] where there is no `up`", f"shape {shape}", "Pass both halves."
+            )
+    else:
+        checks.check_same(NAME, gate=gate, up=up)
+        checks.check_device(NAME, gate=gate, up=up)
+        checks.check_shape(NAME, "up", up, gate.shape, "[...]", "`gate` and `up` must have one shape.")
     if choose_impl(NAME, impl, gate.device, paths=("torch", "reference")) == "reference":
         return swiglu_reference(gate, up)
     return swiglu_fwd(gate, up)

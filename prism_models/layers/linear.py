@@ -50,7 +50,10 @@ class OneDNN(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
         dx = product(dy, weight.T) if needs_x else None
-        return dx, product(dy.T, x.T) if needs_weight else None
+        if not needs_weight:
+            return dx, None
+        # oneDNN copies a first factor that is not contiguous: let that be the smaller one.
+        return dx, product(dy.T, x.T) if dy.shape[1] <= x.shape[1] else product(x.T, dy.T).T
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

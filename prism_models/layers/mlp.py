@@ -27,5 +27,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x r[...,D] to r[...,D], each token alone."""
-        gate, up = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(swiglu(gate, up))
+        return self.out_proj(swiglu(self.in_proj(x)))

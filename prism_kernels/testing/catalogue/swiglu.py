@@ -13,11 +13,11 @@ from ..spec import Case, ErrorCase, OpSpec, Outputs
 
 
 def run(case: Case, impl: str | None) -> Outputs:
-    return {"y": swiglu(case.tensors["gate"], case.tensors["up"], impl=impl)}
+    return {"y": swiglu(**case.tensors, impl=impl)}
 
 
 def reference(case: Case, product_dtype: torch.dtype | None) -> Outputs:
-    return {"y": swiglu_reference(case.tensors["gate"], case.tensors["up"])}
+    return {"y": swiglu_reference(**case.tensors)}
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
@@ -29,6 +29,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
         Case(
             "gates at both ends", {"gate": wide.normal(2, 9, scale=40), "up": wide.normal(2, 9)}, hostile=True
         ),
+        Case("both in one", {"gate": Draw(2, dtype).normal(3, 5, 14)}),
         Case("gates of zero", {"gate": 0 * draw.normal(3, 4), "up": draw.normal(3, 4)}, hostile=True),
     ]
 
@@ -49,13 +50,14 @@ def errors() -> list[ErrorCase]:
         ),
         ErrorCase("integers", lambda: swiglu(x.int(), x.int()), TypeError, "`gate` of dtype float16"),
         ErrorCase("devices differ", lambda: swiglu(x, x.to("meta")), ValueError, "`up` on cpu.*got meta"),
+        ErrorCase("an odd axis", lambda: swiglu(x), ValueError, r"`gate` \[..., 2F\].*\(2, 3\)"),
         ErrorCase("no such path", lambda: swiglu(x, x, impl="cuda"), ValueError, "`impl` to be one of"),
     ]
 
 
 def opcheck(case: Case, impl: str) -> list[tuple]:
-    gate, up = case.tensors["gate"], case.tensors["up"]
-    detached = (torch.ones_like(gate).contiguous(), gate.detach(), up.detach())
+    gate, up = case.tensors["gate"], case.tensors.get("up")
+    detached = (torch.ones_like(swiglu(gate, up)), gate.detach(), None if up is None else up.detach())
     return [(swiglu_fwd, (gate, up)), (swiglu_bwd, detached)]
 
 
