@@ -41,6 +41,7 @@ class Factors:
     R: Tensor  # w over Q
     G: Tensor
     K: Tensor
+    K_conj: Tensor
 
 
 def forward(u: Tensor, dt: Tensor, p: Params, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,22 +80,22 @@ def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], et
     dM.tril_(-1)
     dG = unflat(add_product(dM @ flat(f.K), g_c, flat(states[:-1])), f.G)
     dK, dK_end = (unflat(x, f.G) for x in (dM.mT @ flat(f.G), u_c @ flat(entered)))
-    read, driven, driven_end = conj_(dG).mul_(f.Q), dK * f.R, dK_end * f.R  # conj(dC) / kappa, and dB
+    read = conj_(dG).mul_(f.Q)  # conj(dC) / kappa, but for each token's own output
+    B_conj, C = conj(per_token(p.B, p)), p.kappa * per_token(p.C, p)
+    dC = p.kappa * conj(fold(read, p.C, T) + own_read(own, f.w, B_conj, p, T))
 
     # Gradients of exponents of A: from s to t inside the chunk, from s to its end, over all of it. Each
     # is summed by itself; together they would cancel. A token's own share has no decay in it.
-    B_conj, C = conj(per_token(p.B, p)), p.kappa * per_token(p.C, p)
-    B_chunks, S = on_chunks(B_conj), dt_c.cumsum(-1)
-    inside, dA_inside = exponents((read * on_chunks(C)).addcmul_(driven, B_chunks, value=-1), S, p)
-    to_end, dA_to_end = exponents(driven_end.mul_(B_chunks), S[..., -1:] - S, p)
+    S = dt_c.cumsum(-1)
+    inside, dA_inside = exponents(read.mul_(on_chunks(C)).addcmul_(dK, f.K_conj, value=-1), S, p)
+    to_end, dA_to_end = exponents(dK_end * f.K_conj, S[..., -1:] - S, p)
     over_all, dA_over_all = exponents(whole[..., None, :], S[..., -1:], p)
     ddt = inside.flip(-1).cumsum(-1).flip(-1) + to_end.cumsum(-1).sub_(to_end) + over_all
     dA = dA_inside + dA_to_end + dA_over_all
 
     flat(dK.add_(dK_end)).addcmul_(own, flat(f.G))
-    torch.mul(dK, f.R, out=driven)
-    read.addcmul_(unflat(own * flat(f.w), f.w), B_chunks)
-    dB, dC = fold(driven, p.B, T), p.kappa * conj(fold(read, p.C, T))
+    driven = torch.mul(dK, f.R, out=dK_end)
+    dB = fold(driven, p.B, T)
     # dK over Q is the gradient of w B; over the Q of the token before, that times conj(a).
     slope, scale = dK.mul_(f.growth[..., p.euler : CHUNK + p.euler, :]), B_conj
     if p.B.ndim == 4:
@@ -138,7 +139,8 @@ def factors(Q: Tensor, w: Tensor, dt_c: Tensor, p: Params) -> Factors:
     growth = Q.new_ones(*Q.shape[:-2], CHUNK + 1, Q.shape[-1])
     R = torch.reciprocal(Q, out=growth[..., 1:, :]) * w
     G = Q * on_chunks(p.kappa * per_token(p.C, p))
-    return Factors(w, Q, growth, R, G, conj_(R * on_chunks(conj(per_token(p.B, p)))))
+    K_conj = R * on_chunks(conj(per_token(p.B, p)))
+    return Factors(w, Q, growth, R, G, conj(K_conj), K_conj)
 
 
 def mixing(f: Factors) -> Tensor:
@@ -150,6 +152,13 @@ def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x + a b, in place of x."""
     x.view(-1, *x.shape[-2:]).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
     return x
+
+
+def own_read(own: Tensor, w: Tensor, B_conj: Tensor, p: Params, T: int) -> Tensor:
+    """What reading its own input adds to conj(dC) / kappa, for own [m,H,B,c,1]: own w B, conjugated."""
+    if p.B.ndim == p.C.ndim == 2:
+        return B_conj * over_time(own.flatten(2), w.flatten(2, 3))
+    return fold(unflat(own * flat(w), w) * on_chunks(B_conj), p.C, T)
 
 
 def exponents(x: Tensor, rate: Tensor, p: Params) -> tuple[Tensor, Tensor]:

@@ -27,5 +27,8 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tenso
     z = gate.to(accumulate_dtype(gate.dtype))
     dy = dy.to(z.dtype)
     torch.mul(F.silu(z), dy, out=dup)
-    dgate.copy_(torch.ops.aten.silu_backward(dy * up, z))
+    if dgate.dtype == z.dtype:
+        torch.ops.aten.silu_backward.grad_input(dy * up, z, grad_input=dgate)
+    else:
+        dgate.copy_(torch.ops.aten.silu_backward(dy * up, z))
     return returned
