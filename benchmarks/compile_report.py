@@ -4,28 +4,35 @@ Each op is called once with its launches recorded instead of run, so what is com
 have been launched: the same kernel, configuration and argument specialisation. Columns:
 
 regs      registers a thread            spill/loop  local-memory instructions, in all and in loops
-smem      shared memory in bytes        HGMMA/HMMA  tensor-core instructions (warp-group, warp)
-MUFU      special-function instructions instrs      instructions in the kernel and in its longest loop
+smem      shared memory in bytes        group/warp  tensor-core instructions, by a warp group (HGMMA, UTC*MMA)
+MUFU      special-function instructions             or a warp (HMMA, MFMA)
+per el.   scans: instructions and MUFU  instrs      instructions, in all and in the longest innermost loop
+          per (token, channel, state): sass.py
 
-Exits with 1 if a kernel does not compile. AMD targets are compiled, not disassembled.
+With --matrix, every target and every supported Triton; that writes `results/compile_report.json` and the
+tables of `COMPILE_REPORT.md` (compile_matrix.py). Exits with 1 if a kernel does not compile or does not fit
+its target, unless `budgets.toml` records that with a reason, or if a budget is broken (budgets.py).
 """
 
 import argparse
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import prism_kernels as pk
 from prism_kernels._core.runtime import Launch, record_launches
 
+from . import budgets, sass
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a block can have
+SCANS = ("scan_forward", "scan_backward")  # a program holds BLOCK_C x BLOCK_N states and walks the tokens
 TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -49,22 +56,28 @@ class Entry:
     spill: int = 0
     spill_in_loops: int = 0
     smem: int = 0
-    hgmma: int = 0
-    hmma: int = 0
+    group_mma: int = 0
+    warp_mma: int = 0
     mufu: int = 0
     instructions: int = 0
     loop: int = 0
+    per_element: float | None = None
+    mufu_per_element: float | None = None
     error: str = ""
 
 
 def cases() -> list[tuple[str, Callable[[], object]]]:
-    """The calls whose kernels are compiled: name and a call that returns differentiable outputs."""
+    """The calls whose kernels are compiled: name and a call that returns differentiable outputs.
+
+    The first that launches a kernel is the one that continuous integration compiles.
+    """
     calls: list[tuple[str, Callable[[], object]]] = []
     for dtype in (torch.bfloat16, torch.float32):
         short = "bf16" if dtype == torch.bfloat16 else "fp32"
         calls.append((f"D2048 W4 {short}", partial(_conv, dtype)))
-        for size in (32, 64, 128):
+        for size in (64, 32, 128):
             calls.append((f"K=V={size} {short}", partial(_delta, pk.chunk_gated_delta_rule, size, dtype)))
+        calls.append((f"K=V=64 l2 {short}", partial(_delta, pk.chunk_gated_delta_rule, 64, dtype, l2=True)))
         calls.append((f"K=V=64 {short}", partial(_delta, pk.fused_recurrent_gated_delta_rule, 64, dtype)))
         for P, N in ((1, 16), (1, 64), (32, 64)):
             calls.append((f"P{P} N{N} {short}", partial(_scan, P, N, dtype)))
@@ -81,10 +94,11 @@ def _conv(dtype: torch.dtype) -> tuple:
     return pk.causal_conv1d(x, weight, bias, activation="silu", impl="triton")[:1]
 
 
-def _delta(op: Callable, size: int, dtype: torch.dtype) -> tuple:
+def _delta(op: Callable, size: int, dtype: torch.dtype, l2: bool = False) -> tuple:
     q, k, v = (_leaf(2, 256, 16, size, dtype=dtype) for _ in range(3))
     g, beta, h0 = _leaf(2, 256, 16), _leaf(2, 256, 16), _leaf(2, 16, size, size)
-    return op(q, k, v, g, beta, initial_state=h0, output_final_state=True, impl="triton")
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": l2, "impl": "triton"}
+    return op(q, k, v, g, beta, initial_state=h0, **options)
 
 
 def _scan_arguments(P: int, N: int, dtype: torch.dtype) -> tuple[tuple, dict]:
@@ -109,7 +123,20 @@ def record(call: Callable[[], object]) -> list[Launch]:
     with record_launches() as launches:
         outputs = [y for y in call() if isinstance(y, torch.Tensor) and y.requires_grad]
         torch.autograd.backward(outputs, [torch.zeros_like(y) for y in outputs])
-    return launches
+    seen = {(launch.kernel.__name__, str(launch.constexprs)): launch for launch in reversed(launches)}
+    return list(reversed(seen.values()))
+
+
+def launches(only: str = "") -> list[tuple[str, Launch]]:
+    """Name of the case and launch, of every kernel of every case whose name contains `only`."""
+    return [
+        (case, launch) for case, call in cases() for launch in record(call) if only in launch.kernel.__name__
+    ]
+
+
+def first_of_each(found: list[tuple[str, Launch]]) -> list[tuple[str, Launch]]:
+    """One configuration per kernel."""
+    return list({launch.kernel.__name__: (case, launch) for case, launch in reversed(found)}.values())[::-1]
 
 
 def compile_launch(launch: Launch, case: str, target: str) -> Entry:
@@ -120,22 +147,50 @@ def compile_launch(launch: Launch, case: str, target: str) -> Entry:
 
     options = launch.options
     entry = Entry(launch.kernel.__name__, case, target, options["num_warps"], options["num_stages"])
-    signature, constexprs, attrs = specialise(launch)
     cuda = target.startswith("sm_")
+    signature, constexprs, attrs = specialise(launch, cuda)
     gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
     try:
         source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
         compiled = triton.compile(source, target=gpu, options={**options, "enable_fp_fusion": True})
     except Exception as error:  # whatever the compiler raises is the row's result
-        entry.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return entry
-    entry.smem = compiled.metadata.shared
-    if cuda:
-        disassemble(compiled.asm["cubin"], entry)
+        return replace(
+            entry, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
+    try:
+        return measure(entry, launch, compiled)
+    except sass.NoTimeLoop as error:
+        return replace(entry, error=str(error))
+
+
+def measure(entry: Entry, launch: Launch, compiled: Any) -> Entry:
+    """Fill in what the machine code says."""
+    cuda = entry.target.startswith("sm_")
+    code, regs = sass.disassemble(compiled.asm["cubin"]) if cuda else sass.read_amd(compiled.asm["amdgcn"])
+    smem, limit = compiled.metadata.shared, SHARED.get(entry.target)
+    local = ("LDL", "STL") if cuda else ("scratch_",)
+    entry = replace(
+        entry,
+        regs=regs,
+        spill=code.count(*local),
+        spill_in_loops=code.count_in_loops(*local),
+        smem=smem,
+        group_mma=code.count("HGMMA", "UTCHMMA", "UTCQMMA"),
+        warp_mma=code.count("HMMA", "v_mfma"),
+        mufu=code.count("MUFU"),
+        instructions=len(code.names),
+        loop=max((b - a for a, b in code.innermost()), default=0),
+    )
+    if limit and smem > limit:
+        entry.error = f"needs {smem} bytes of shared memory, {entry.target} has {limit}"
+    if cuda and entry.kernel in SCANS:
+        states = launch.constexprs["BLOCK_C"] * launch.constexprs["BLOCK_N"]
+        found = sass.per_element(launch.kernel, code, compiled.asm["ptx"], 32 * entry.warps, states)
+        entry.per_element, entry.mufu_per_element = found
     return entry
 
 
-def specialise(launch: Launch) -> tuple[dict, dict, dict]:
+def specialise(launch: Launch, cuda: bool) -> tuple[dict, dict, dict]:
     """Signature, constants and attributes that Triton's launcher would derive from the arguments."""
     signature, constexprs, attrs = {}, {}, {}
     params = launch.kernel.params
@@ -148,7 +203,7 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict]:
             signature[param.name], constexprs[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[param.name] = TYPES[value.dtype]
-            attrs[(i,)] = [["tt.divisibility", 16]]
+            attrs[(i,)] = [["tt.divisibility", 16]] + ([] if cuda else [["tt.pointer_range", 32]])
         elif isinstance(value, float):
             signature[param.name] = "fp32"
         else:
@@ -158,69 +213,31 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict]:
     return signature, constexprs, attrs
 
 
-def disassemble(cubin: bytes, entry: Entry) -> None:
-    """Fill in registers and instruction counts from the machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "--print-code", file.name)
-    entry.regs = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
-    code, labels, back_edges = [], {}, []
-    for line in sass.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label.group(1)] = len(code)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            code.append(found.group(1))
-            target = re.search(r"\((\.L_x_\d+)\)", found.group(2))
-            if found.group(1).startswith("BRA") and target and target.group(1) in labels:
-                back_edges.append((labels[target.group(1)], len(code)))
-    local = [op.startswith(("LDL", "STL")) for op in code]
-    loops = [(a, b) for a, b in back_edges if b - a > 1]
-    entry.instructions = len(code)
-    entry.loop = max((b - a for a, b in loops), default=0)
-    entry.spill = sum(local)
-    entry.spill_in_loops = sum(
-        any(a <= i < b for a, b in loops) for i, is_local in enumerate(local) if is_local
-    )
-    entry.hgmma, entry.hmma, entry.mufu = (
-        sum(op.startswith(n) for op in code) for n in ("HGMMA", "HMMA", "MUFU")
-    )
-
-
-def _tool(name: str, *arguments: str) -> str:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def run(targets: list[str], only: str) -> list[Entry]:
+def run(found: list[tuple[str, Launch]], targets: list[str]) -> list[Entry]:
     """Compile everything, printing a line as each kernel is done."""
     print(
-        f"{'kernel':<42}{'case':<18}{'target':<8}{'w/s':>5}{'regs':>6}{'spill/loop':>11}{'smem':>8}"
-        f"{'HGMMA':>7}{'HMMA':>6}{'MUFU':>6}{'instrs/loop':>13}"
+        f"{'kernel':<28}{'case':<18}{'target':<8}{'w/s':>5}{'regs':>6}{'spill/loop':>11}{'smem':>8}"
+        f"{'group/warp':>12}{'MUFU':>6}{'instrs/loop':>13}{'per el.':>14}"
     )
     entries: list[Entry] = []
-    for case, call in cases():
-        seen = set()
-        for launch in record(call):
-            key = (launch.kernel.__name__, str(launch.constexprs))
-            if key in seen or only not in launch.kernel.__name__:
-                continue
-            seen.add(key)
-            for target in targets:
-                entries.append(compile_launch(launch, case, target))
-                print(_line(entries[-1]), flush=True)
+    for case, launch in found:
+        for target in targets:
+            entries.append(compile_launch(launch, case, target))
+            print(_line(entries[-1]), flush=True)
     return entries
 
 
 def _line(e: Entry) -> str:
-    left = f"{e.kernel:<42}{e.case:<18}{e.target:<8}{f'{e.warps}/{e.stages}':>5}"
+    left = f"{e.kernel:<28}{e.case:<18}{e.target:<8}{f'{e.warps}/{e.stages}':>5}"
     if e.error:
         return f"{left}  FAILED {e.error}"
-    spill, code = f"{e.spill}/{e.spill_in_loops}", f"{e.instructions}/{e.loop}"
-    return f"{left}{e.regs:>6}{spill:>11}{e.smem:>8}{e.hgmma:>7}{e.hmma:>6}{e.mufu:>6}{code:>13}"
+    spill, mma, code = (
+        f"{e.spill}/{e.spill_in_loops}",
+        f"{e.group_mma}/{e.warp_mma}",
+        f"{e.instructions}/{e.loop}",
+    )
+    scan = "" if e.per_element is None else f"{e.per_element}, {e.mufu_per_element}"
+    return f"{left}{e.regs:>6}{spill:>11}{e.smem:>8}{mma:>12}{e.mufu:>6}{code:>13}{scan:>14}"
 
 
 def main() -> int:
@@ -230,22 +247,36 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--target", nargs="+", default=["sm_90"], help="sm_80, sm_90, sm_100, gfx942, ...")
+    parser.add_argument("--target", nargs="+", default=["sm_90"], help=", ".join(TARGETS) + ", ...")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--first", action="store_true", help="only the first configuration of each kernel")
     parser.add_argument("--out", type=Path, help="write the report as JSON")
+    parser.add_argument("--triton", default="", help="fail unless this is the version that is imported")
+    parser.add_argument("--matrix", action="store_true", help="all configurations, targets and Tritons")
     args = parser.parse_args()
+    if args.matrix:
+        from .compile_matrix import matrix
+
+        return matrix(args.kernel)
 
     import triton
 
-    entries = run(args.target, args.kernel)
+    if args.triton and triton.__version__ != args.triton:
+        parser.error(f"triton {triton.__version__} was imported, not {args.triton}")
+    found = launches(args.kernel)
+    entries = run(first_of_each(found) if args.first else found, args.target)
     failed = sum(bool(e.error) for e in entries)
     print(f"\n{len(entries)} kernels compiled with triton {triton.__version__}, {failed} failed")
+    broken = budgets.judge(entries, budgets.load(), triton.__version__)
+    print("".join(f"{line}\n" for line in broken), end="")
     if args.out:
-        head = {"command": "python -m benchmarks.compile_report " + " ".join(sys.argv[1:])}
-        head |= {"torch": torch.__version__, "triton": triton.__version__}
-        rows = [asdict(e) for e in entries]
-        args.out.write_text(json.dumps({**head, "kernels": rows}, indent=1) + "\n", encoding="utf-8")
-    return int(failed > 0 or not entries)
+        report = {
+            "triton": triton.__version__,
+            "launches": [[launch.kernel.__name__, case] for case, launch in found],
+            "kernels": [asdict(e) for e in entries],
+        }
+        args.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    return int(bool(broken) or not entries)
 
 
 if __name__ == "__main__":
