@@ -110,6 +110,7 @@ def setting(args: argparse.Namespace) -> dict:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
+        "kind": "published",
         "command": "python -m benchmarks.gated_delta_rule_vs_transformers " + " ".join(sys.argv[1:]),
         "shape": {"B": B, "T": T, "H": H, "K": K, "V": V, "dtype": "float32"},
         "repeats": args.repeats,

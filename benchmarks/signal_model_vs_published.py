@@ -44,6 +44,7 @@ def main() -> int:
     if args.out:
         command = f"python -m benchmarks.signal_model_vs_published --published PATH --repeats {args.repeats}"
         report = {
+            "kind": "published",
             "command": command,
             "machine": machine(args.threads),
             "parameters": sizes(theirs, ours),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.readme_tables import TABLES, fill
+from benchmarks import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,5 +41,4 @@ def test_the_map_names_what_exists():
 
 
 def test_tables_come_from_committed_results():
-    assert all(f"<!-- {name}:begin -->" in README for name in TABLES)
-    assert fill(README) == README, "run `python -m benchmarks.readme_tables`"
+    assert not report.stale(report.read()), "run `python -m benchmarks report`"

@@ -182,6 +182,7 @@ def write_results(
         for d in sets
     }
     report = {
+        "kind": "demo",
         "command": " ".join(["python -m prism_models.training.demo", *sys.argv[1:]]),
         "machine": {"processor": platform.machine(), "threads": args.threads},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -1,0 +1,66 @@
+"""Kinds of committed result files, and what makes a file of each kind whole.
+
+`benchmark` files are rows of `python -m benchmarks run`; the others are single measurements with a script of
+their own: `published` times us against other people's code, `demo` is the demonstration's report, and
+`compile report` is what the kernels compile to.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from .results import ResultError, load
+
+
+def check(path: Path) -> str:
+    """Validate one result file and return its kind.
+
+    Raises:
+        ResultError: The file cannot be read, is of no known kind, or lacks what its kind must have.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path}: cannot be read as JSON ({error}).") from error
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind not in KINDS:
+        raise ResultError(f"{path}: kind {kind!r}, expected one of {', '.join(map(repr, KINDS))}.")
+    if kind == "benchmark":
+        load(path)
+        return kind
+    problems = KINDS[kind](data)
+    if not str(data.get("command", "")).startswith("python -m "):
+        problems.append("no command that makes it")
+    if problems:
+        raise ResultError(f"{path}: " + "; ".join(problems))
+    return kind
+
+
+def _demo(data: dict) -> list[str]:
+    accuracies = data.get("test_accuracy_percent", {})
+    problems = [] if data.get("versions", {}).get("torch") else ["no version of torch"]
+    if not accuracies:
+        problems.append("no test_accuracy_percent")
+    for modality, values in accuracies.items():
+        for run in ("hybrid", "no state", "no delta", "majority"):
+            if not 0 <= values.get(run, math.nan) <= 100:
+                problems.append(f"{modality}: accuracy of {run!r} is {values.get(run)!r}")
+    return problems
+
+
+def _published(data: dict) -> list[str]:
+    rows = data.get("rows", [])
+    problems = [] if rows else ["no rows"]
+    for row in rows:
+        ratio = row.get("ratio")
+        if not (isinstance(ratio, float) and math.isfinite(ratio) and ratio > 0):
+            problems.append(f"{row.get('name', row.get('case'))}: ratio {ratio!r}")
+    return problems
+
+
+def _compile_report(data: dict) -> list[str]:
+    problems = [] if data.get("rows") or data.get("kernels") else ["no rows"]
+    return problems if data.get("versions") else [*problems, "no versions"]
+
+
+KINDS = {"benchmark": None, "demo": _demo, "published": _published, "compile report": _compile_report}
