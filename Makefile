@@ -30,7 +30,7 @@ verify: install
 	$(BIN)/python -m prism_kernels.verify
 
 compile-report: install
-	$(BIN)/python -m benchmarks.compile_report
+	$(BIN)/python -m benchmarks.compile_report --matrix
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .tritons build *.egg-info

@@ -175,13 +175,12 @@ def dump(budgets: Budgets) -> str:
     return "\n".join(text) + "\n"
 
 
-def committed(version: str = PINNED) -> list["Entry"]:
-    """The rows of the committed report that one Triton made."""
+def rows(report: dict, version: str = PINNED) -> list["Entry"]:
+    """What one Triton made, of the committed report."""
     from .compile_report import Entry
 
-    report = json.loads(REPORT.read_text(encoding="utf-8"))
-    rows = [row for row in report["kernels"] if row["triton"] == version]
-    return [Entry(**{k: v for k, v in row.items() if k != "triton"}) for row in rows]
+    kernels = (row for row in report["kernels"] if row["triton"] == version)
+    return [Entry(**{k: v for k, v in row.items() if k != "triton"}) for row in kernels]
 
 
 def main() -> int:
@@ -195,7 +194,7 @@ def main() -> int:
     parser.add_argument("--reason", default="", help="with --write: why numbers may rise or break a limit")
     parser.add_argument("--kernel", default="", help="with --write: only kernels whose name contains this")
     args = parser.parse_args()
-    entries, budgets = committed(), load()
+    entries, budgets = rows(json.loads(REPORT.read_text(encoding="utf-8"))), load()
     if args.write:
         chosen = [e for e in entries if args.kernel in e.kernel]
         kept = {k: v for k, v in budgets.items() if args.kernel not in k}

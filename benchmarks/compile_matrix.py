@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -36,15 +35,21 @@ class Missing(Exception):
 def matrix(only: str) -> int:
     """Compile everything; write the result file and the page. Returns the exit status."""
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    checkout = environment("cpu", {})
     with ThreadPoolExecutor(PROCESSES) as pool:
         reports = dict(zip(VERSIONS, pool.map(lambda v: one(v, only), VERSIONS), strict=True))
     report = {
         "kind": "compile report",
         "schema": 1,
-        "command": f"{COMMAND} --kernel {only}" if only else COMMAND,
+        "command": COMMAND,
         "started": started,
-        "environment": asdict(environment("cpu", {})),
-        "tritons": {v: r if isinstance(r, str) else "ok" for v, r in reports.items()},
+        "commit": checkout.commit,
+        "dirty": checkout.dirty,
+        "versions": {
+            "python": checkout.python,
+            "torch": checkout.torch,
+            "triton": {v: r if isinstance(r, str) else "ok" for v, r in reports.items()},
+        },
         "kernels": [
             {"triton": v, **e} for v, r in reports.items() if isinstance(r, dict) for e in r["kernels"]
         ],
@@ -56,7 +61,7 @@ def matrix(only: str) -> int:
     save(report)
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), report), encoding="utf-8")
     failures += [
-        line for v in VERSIONS for line in budgets.judge(rows(report, v), budgets.load(), v)
+        line for v in VERSIONS for line in budgets.judge(budgets.rows(report, v), budgets.load(), v)
     ]  # fmt: skip
     print("\n".join(failures) or "all within their budgets")
     return int(bool(failures))
@@ -118,12 +123,6 @@ def save(report: dict) -> None:
     budgets.REPORT.write_text(text, encoding="utf-8")
 
 
-def rows(report: dict, version: str) -> list[Entry]:
-    """What one Triton made."""
-    kernels = (row for row in report["kernels"] if row["triton"] == version)
-    return [Entry(**{k: v for k, v in row.items() if k != "triton"}) for row in kernels]
-
-
 def summary_table(report: dict) -> str:
     """What each Triton and target made of the kernels."""
     allowed = budgets.load()
@@ -133,11 +132,11 @@ def summary_table(report: dict) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for version in VERSIONS:
-        if report["tritons"][version] != "ok":
+        if report["versions"]["triton"][version] != "ok":
             text.append(f"| {version} | all | **{report['tritons'][version]}** | | | | | |")
             continue
         for target in TARGETS:
-            found = [e for e in rows(report, version) if e.target == target]
+            found = [e for e in budgets.rows(report, version) if e.target == target]
             fit = [e for e in found if not e.error]
             cells = (
                 *(version, target, len(fit), len(found) - len(fit), sum(e.spill_in_loops > 0 for e in fit)),
@@ -153,7 +152,7 @@ def failure_table(report: dict) -> str:
     text = ["| kernel | case | target | triton | why |", "| --- | --- | --- | --- | --- |"]
     failed: dict[tuple, list[str]] = {}
     for version in VERSIONS:
-        for e in rows(report, version):
+        for e in budgets.rows(report, version):
             if e.error:
                 failed.setdefault((e.kernel, e.case, e.target, e.error), []).append(version)
     for (kernel, case, target, why), versions in failed.items():
@@ -165,7 +164,7 @@ def kernel_table(report: dict) -> str:
     """Registers, local memory in loops, shared memory, matrix instructions, of the pinned Triton."""
     head = "| kernel | case | " + " | ".join(TARGETS) + " |"
     text = [head, "| --- | --- |" + " ---: |" * len(TARGETS)]
-    for (kernel, case), found in grouped(rows(report, budgets.PINNED)):
+    for (kernel, case), found in grouped(budgets.rows(report, budgets.PINNED)):
         cells = [_cell(found[target]) if target in found else "" for target in TARGETS]
         text.append(f"| `{kernel}` | {case} | " + " | ".join(cells) + " |")
     return "\n".join(text)
@@ -187,7 +186,7 @@ def scan_table(report: dict) -> str:
         "| --- | --- | --- |" + " ---: |" * len(targets),
     ]
     for version in VERSIONS:
-        for (kernel, case), found in grouped(rows(report, version)):
+        for (kernel, case), found in grouped(budgets.rows(report, version)):
             if any(e.per_element is not None for e in found.values()):
                 pairs = ((found[t].per_element, found[t].mufu_per_element) for t in targets)
                 cells = " | ".join(f"{instructions:.1f} / {special:.1f}" for instructions, special in pairs)
@@ -206,11 +205,11 @@ def grouped(entries: list[Entry]) -> Iterator[tuple[tuple[str, str], dict[str, E
 
 def provenance(report: dict) -> str:
     """Command, versions and commit."""
-    where = report["environment"]
-    state = "with uncommitted changes" if where["dirty"] else "clean"
+    state = "with uncommitted changes" if report["dirty"] else "clean"
+    versions = report["versions"]
     return (
-        f"`{report['command']}`, {report['started']}, commit `{where['commit'][:12]}` ({state}), "
-        f"torch {where['torch']}, Python {where['python']}."
+        f"`{report['command']}`, {report['started']}, commit `{report['commit'][:12]}` ({state}), "
+        f"torch {versions['torch']}, Python {versions['python']}, triton pinned {budgets.PINNED}."
     )
 
 
@@ -230,3 +229,14 @@ def fill(text: str, report: dict) -> str:
         head, rest = text.split(begin)
         text = f"{head}{begin}\n{table(report)}\n{end}{rest.split(end)[1]}"
     return text
+
+
+def main() -> int:
+    """Write the page anew from the committed result file."""
+    report = json.loads(budgets.REPORT.read_text(encoding="utf-8"))
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), report), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

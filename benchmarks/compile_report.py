@@ -82,6 +82,9 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
         for P, N in ((1, 16), (1, 64), (32, 64)):
             calls.append((f"P{P} N{N} {short}", partial(_scan, P, N, dtype)))
         calls.append((f"step P1 N16 {short}", partial(_scan_step, 1, 16, dtype)))
+        for D in (2048, 4096):
+            calls.append((f"D{D} {short}", partial(_norm, D, dtype)))
+            calls.append((f"F{D} {short}", partial(_swiglu, D, dtype)))
     return calls
 
 
@@ -116,6 +119,15 @@ def _scan(P: int, N: int, dtype: torch.dtype) -> tuple:
 def _scan_step(P: int, N: int, dtype: torch.dtype) -> tuple:
     (u, dt, *rest), options = _scan_arguments(P, N, dtype)
     return pk.selective_scan_step(_leaf(2, 64, P, N, 2), u[:, 0], dt[:, 0], *rest, **options)
+
+
+def _norm(D: int, dtype: torch.dtype) -> tuple:
+    x, residual, gate = (_leaf(2, 256, D, dtype=dtype) for _ in range(3))
+    return pk.rms_norm(x, _leaf(D), residual=residual, gate=gate, impl="triton")
+
+
+def _swiglu(F: int, dtype: torch.dtype) -> tuple:
+    return (pk.swiglu(_leaf(2, 256, 2 * F, dtype=dtype), impl="triton"),)
 
 
 def record(call: Callable[[], object]) -> list[Launch]:

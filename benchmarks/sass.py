@@ -109,6 +109,11 @@ def time_loops(kernel: Any) -> list[range]:
     return [range(first + x.lineno - 1, first + (x.end_lineno or x.lineno)) for x in inner]
 
 
+def source_file(kernel: Any) -> str:
+    """Name of the file that defines a kernel; without the folder, which differs where a cache is shared."""
+    return Path(inspect.getsourcefile(kernel.fn) or "").name
+
+
 def _over_range(node: ast.For) -> bool:
     """Whether a `for` runs over `range` or `tl.range`; `tl.static_range` leaves no loop behind."""
     function = node.iter.func if isinstance(node.iter, ast.Call) else None
@@ -117,7 +122,7 @@ def _over_range(node: ast.For) -> bool:
 
 def per_element(kernel: Any, code: Code, ptx: str, threads: int, states: int) -> tuple[float, float]:
     """Instructions, and special-function instructions, per element of a scan kernel."""
-    file = Path(inspect.getsourcefile(kernel.fn) or "").name
+    file = source_file(kernel)
     instructions = special = 0.0
     for lines in time_loops(kernel):
         a, b = machine_loop(code, file, lines)
