@@ -32,7 +32,7 @@ def rms_norm(
         y = s / sqrt(mean(s^2) + eps) * weight * silu(gate)
 
     Numerics: the sum and the statistics in float32 (float64 for float64 x). Deterministic.
-    First-order gradients only on the "torch" path.
+    First-order gradients only on the "triton" and "torch" paths.
 
     Args:
         x: r[...,D], float16, bfloat16, float32 or float64.
@@ -40,7 +40,7 @@ def rms_norm(
         residual: like x in shape, any float dtype. The sum comes back in this dtype.
         gate: like x in shape, any float dtype. Applied after the normalisation.
         eps: Added to the mean square; >= 0.
-        impl: "torch", "reference", or None for "torch".
+        impl: "triton", "torch", "reference", or None to choose by device.
 
     Returns:
         RMSNormOutput(y, residual).
@@ -70,8 +70,8 @@ def rms_norm(
     for name, tensor in {"residual": residual, "gate": gate}.items():
         if tensor is not None:
             checks.check_shape(NAME, name, tensor, x.shape, "[..., D]", "It must have x's shape.")
-    path = choose_impl(NAME, impl, x.device, paths=("torch", "reference"))
+    path = choose_impl(NAME, impl, x.device)
     if path == "reference":
         return RMSNormOutput(*rms_norm_reference(x, weight, residual=residual, gate=gate, eps=eps))
-    y, total, _ = rms_norm_fwd(x, weight, residual, gate, eps)
+    y, total, _ = rms_norm_fwd(x, weight, residual, gate, eps, path)
     return RMSNormOutput(y, None if residual is None else total)

@@ -45,7 +45,7 @@ def backward(
     if weight is None:
         share = along.sum(-1, keepdim=True)
     else:
-        dweight, weight = along.flatten(0, -2).sum(0), weight.to(unit.dtype)
+        dweight, weight = along.reshape(-1, unit.shape[-1]).sum(0), weight.to(unit.dtype)
         share, dy = (along @ weight)[..., None], dy * weight
     ds = torch.addcmul(dy, unit, share, value=-1 / unit.shape[-1]).mul_(rstd)
     if residual is not None:

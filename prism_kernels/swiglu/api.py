@@ -14,13 +14,13 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, impl: str | None = None) -
         y = silu(gate) * up
 
     Numerics: float32 inside (float64 for float64 inputs), one rounding at the end. Deterministic.
-    First-order gradients only on the "torch" path.
+    First-order gradients only on the "triton" and "torch" paths.
 
     Args:
         gate: r[...], float16, bfloat16, float32 or float64.
         up: like gate. None: `gate` r[...,2F] is both, gate in the first half of its last axis; its
             gradient then needs no concatenation.
-        impl: "torch", "reference", or None for "torch".
+        impl: "triton", "torch", "reference", or None to choose by device.
 
     Returns:
         A tensor like gate, or r[...,F] of one r[...,2F].
@@ -46,6 +46,5 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, impl: str | None = None) -
         checks.check_same(NAME, gate=gate, up=up)
         checks.check_device(NAME, gate=gate, up=up)
         checks.check_shape(NAME, "up", up, gate.shape, "[...]", "`gate` and `up` must have one shape.")
-    if choose_impl(NAME, impl, gate.device, paths=("torch", "reference")) == "reference":
-        return swiglu_reference(gate, up)
-    return swiglu_fwd(gate, up)
+    path = choose_impl(NAME, impl, gate.device)
+    return swiglu_reference(gate, up) if path == "reference" else swiglu_fwd(gate, up, path)

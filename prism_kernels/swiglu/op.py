@@ -1,4 +1,4 @@
-"""Custom ops of the activation: fakes, gradients. Without `up`, `gate` holds both halves."""
+"""Custom ops of the activation: launchers, fakes, gradients. Without `up`, `gate` holds both halves."""
 
 from typing import Any
 
@@ -6,44 +6,102 @@ import torch
 from torch import Tensor
 
 from .._core.autograd import first_order_only
-from .._core.runtime import without_autocast
+from .._core.rows import as_rows
+from .._core.runtime import launch, without_autocast
 from . import torch_impl
 
 NAME = "swiglu"
+TILE, WARPS = 2048, 4  # 16 elements a thread: two 16-byte loads of 16-bit values from each input
+
+
+def _rows(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
+    """The tensors as [rows, F] and their row strides; one single row where all are contiguous."""
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(1, -1) for t in tensors], [0] * len(tensors)
+    views, inner, strides = as_rows(tensors)
+    if inner == 1:
+        return [t[:, 0] for t in views if t is not None], strides[::2]
+    return _rows(*(t.contiguous() for t in tensors))
+
+
+def _blocks(rows: int, F: int) -> dict[str, int]:
+    """A tile of 2048: the widest row block of which little hangs over the edge of a row."""
+    widths = (TILE,) if rows == 1 else (1024, 512, 256)
+    width = next((w for w in widths if -F % w <= F // 8), widths[-1])
+    width = min(width, 1 << (F - 1).bit_length())
+    return {"BLOCK_R": 1 if rows == 1 else TILE // width, "BLOCK_F": width}
+
+
+def _launch(kernel: Any, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], *stride: int) -> None:
+    import triton.language as tl
+
+    views, strides = _rows(*inputs)
+    rows, F = views[0].shape
+    blocks = _blocks(rows, F)
+    grid = (-(-rows // blocks["BLOCK_R"]) * -(-F // blocks["BLOCK_F"]),)
+    acc = tl.float64 if inputs[0].dtype == torch.float64 else tl.float32
+    launch(kernel, grid, *outputs, *views, rows, F, *stride, *strides, **blocks, ACC=acc, num_warps=WARPS)
+
+
+def _launch_fwd(gate: Tensor, up: Tensor | None) -> Tensor:
+    from .kernels import swiglu_fwd_kernel
+
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if y.numel():
+        _launch(swiglu_fwd_kernel, (y,), (gate, up))
+    return y
+
+
+def _launch_bwd(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    from .kernels import swiglu_bwd_kernel
+
+    if up is None:
+        dx = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        dgate, dup = dx.chunk(2, -1)
+        gate, up = gate.chunk(2, -1)
+        returned, stride = (dx, dx.new_empty(0)), dx.shape[-1]
+    else:
+        dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
+        returned, stride = (dgate, dup), gate.shape[-1] if gate.ndim else 1
+    if gate.numel():
+        _launch(swiglu_bwd_kernel, (dgate, dup), (dy, gate, up), stride)
+    return returned
 
 
 @torch.library.custom_op("prism_kernels::swiglu_fwd", mutates_args=())
-def swiglu_fwd(gate: Tensor, up: Tensor | None) -> Tensor:
+def swiglu_fwd(gate: Tensor, up: Tensor | None, impl: str) -> Tensor:
     """silu(gate) * up."""
     with without_autocast(gate.device):
-        return torch_impl.forward(gate, up)
+        return (_launch_fwd if impl == "triton" else torch_impl.forward)(gate, up)
 
 
 @swiglu_fwd.register_fake
-def _(gate, up):
+def _(gate, up, impl):
     return gate.new_empty(gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2))
 
 
 @torch.library.custom_op("prism_kernels::swiglu_bwd", mutates_args=())
-def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up (empty without `up`)."""
     with without_autocast(gate.device):
-        return torch_impl.backward(dy, gate, up)
+        return (_launch_bwd if impl == "triton" else torch_impl.backward)(dy, gate, up)
 
 
 @swiglu_bwd.register_fake
-def _(dy, gate, up):
+def _(dy, gate, up, impl):
     return gate.new_empty(gate.shape), gate.new_empty((0,) if up is None else up.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
     gate, up = ctx.saved_tensors
-    dgate, dup = swiglu_bwd(dy, gate, up)
-    return dgate, None if up is None else dup
+    dgate, dup = swiglu_bwd(dy, gate, up, ctx.impl)
+    return dgate, None if up is None else dup, None
 
 
 swiglu_fwd.register_autograd(_backward, setup_context=_setup_context)

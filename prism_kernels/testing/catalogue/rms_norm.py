@@ -25,17 +25,32 @@ def cases(dtype: torch.dtype) -> list[Case]:
     draw = Draw(0, dtype)
     x, weight = draw.normal(2, 5, 12), 1 + draw.wide_normal(12, scale=0.1)
     residual, gate = draw.wide_normal(2, 5, 12), draw.normal(2, 5, 12)
+    more = Draw(1, dtype)
     return [
         Case("weight", {"x": x, "weight": weight}),
         Case("no weight", {"x": x}),
         Case("residual and gate", {"x": x, "weight": weight, "residual": residual, "gate": gate}),
+        Case("residual of the same dtype", {"x": x, "weight": weight, "residual": residual.to(dtype)}),
+        Case("gate without weight", {"x": x, "gate": gate}),
+        Case("heads cut from one projection", {"x": x, "weight": weight, "gate": _heads(more)}),
         Case("one channel", {"x": draw.normal(3, 1), "weight": weight[:1]}),
+        Case("one row", {"x": more.normal(40), "weight": more.wide_normal(40)}),
+        Case("many rows", {"x": more.normal(301, 24), "weight": more.wide_normal(24)}),
+        Case("a wide row", {"x": more.normal(2, 1025), "weight": more.wide_normal(1025)}),
         Case("rows of zero", {"x": 0 * x, "weight": weight}, hostile=True),
         Case("large rows", {"x": draw.normal(2, 12, scale=1e3), "weight": weight}, hostile=True),
+        Case("largest rows", {"x": more.normal(2, 12).sign() * 6e4, "weight": weight}, hostile=True),
+        Case("gates at both ends", {"x": x, "gate": more.normal(2, 5, 12, scale=40)}, hostile=True),
         Case(
             "tiny rows", {"x": draw.normal(2, 12, scale=1e-4), "weight": weight}, {"eps": 1e-6}, hostile=True
         ),
+        Case("rows far below eps", {"x": more.normal(2, 12, scale=1e-7), "weight": weight}, hostile=True),
     ]
+
+
+def _heads(draw: Draw) -> torch.Tensor:
+    """r[2,5,12]: five heads of a projection 70 wide, at the front of each token."""
+    return draw.normal(2, 70)[:, :60].unflatten(-1, (5, 12))
 
 
 def hand() -> tuple[Case, Outputs]:
@@ -62,7 +77,7 @@ def errors() -> list[ErrorCase]:
         ),
         ErrorCase("no channels", lambda: rms_norm(x[:, :0]), ValueError, "D >= 1"),
         ErrorCase("negative eps", lambda: rms_norm(x, w, eps=-1.0), ValueError, "`eps` >= 0, got -1.0"),
-        ErrorCase("no such path", lambda: rms_norm(x, w, impl="triton"), ValueError, "`impl` to be one of"),
+        ErrorCase("no such path", lambda: rms_norm(x, w, impl="cuda"), ValueError, "`impl` to be one of"),
     ]
 
 
@@ -70,9 +85,9 @@ def opcheck(case: Case, impl: str) -> list[tuple]:
     names = ("x", "weight", "residual", "gate")
     args = [case.tensors.get(n) for n in names]
     detached = [None if t is None else t.detach() for t in args]
-    y, total, rstd = rms_norm_fwd(*detached, 1e-6)
-    backward = (torch.ones_like(y), torch.ones_like(total), *detached, rstd)
-    return [(rms_norm_fwd, (*args, 1e-6)), (rms_norm_bwd, backward)]
+    y, total, rstd = rms_norm_fwd(*detached, 1e-6, impl)
+    backward = (torch.ones_like(y), torch.ones_like(total), *detached, rstd, impl)
+    return [(rms_norm_fwd, (*args, 1e-6, impl)), (rms_norm_bwd, backward)]
 
 
 SPECS = [
@@ -84,6 +99,5 @@ SPECS = [
         hand=hand,
         errors=errors,
         opcheck=opcheck,
-        paths=("torch",),
     )
 ]

@@ -23,6 +23,7 @@ def reference(case: Case, product_dtype: torch.dtype | None) -> Outputs:
 def cases(dtype: torch.dtype) -> list[Case]:
     draw = Draw(0, dtype)
     wide = Draw(1, dtype)
+    both, huge = wide.normal(2, 5, 16), wide.normal(2, 9).sign() * 1e4
     return [
         Case("rows", {"gate": draw.normal(2, 7, 12), "up": draw.normal(2, 7, 12)}),
         Case("one element", {"gate": draw.normal(1), "up": draw.normal(1)}),
@@ -30,6 +31,12 @@ def cases(dtype: torch.dtype) -> list[Case]:
             "gates at both ends", {"gate": wide.normal(2, 9, scale=40), "up": wide.normal(2, 9)}, hostile=True
         ),
         Case("both in one", {"gate": Draw(2, dtype).normal(3, 5, 14)}),
+        Case("both in one row", {"gate": wide.normal(10)}),
+        Case("both in one, of one channel", {"gate": wide.normal(4, 2)}),
+        Case("a prime width beyond a block", {"gate": wide.normal(3, 2 * 263)}),
+        Case("strided halves", {"gate": both[..., :7], "up": both[..., 8:15]}),
+        Case("many rows", {"gate": wide.normal(2, 331, 3), "up": wide.normal(2, 331, 3)}),
+        Case("huge and tiny", {"gate": wide.normal(2, 9, scale=1e-7), "up": huge}, hostile=True),
         Case("gates of zero", {"gate": 0 * draw.normal(3, 4), "up": draw.normal(3, 4)}, hostile=True),
     ]
 
@@ -57,8 +64,8 @@ def errors() -> list[ErrorCase]:
 
 def opcheck(case: Case, impl: str) -> list[tuple]:
     gate, up = case.tensors["gate"], case.tensors.get("up")
-    detached = (torch.ones_like(swiglu(gate, up)), gate.detach(), None if up is None else up.detach())
-    return [(swiglu_fwd, (gate, up)), (swiglu_bwd, detached)]
+    detached = (gate.detach(), None if up is None else up.detach(), impl)
+    return [(swiglu_fwd, (gate, up, impl)), (swiglu_bwd, (torch.ones_like(swiglu(gate, up)), *detached))]
 
 
 def _row(values: list[float]) -> Tensor:
@@ -74,6 +81,5 @@ SPECS = [
         hand=hand,
         errors=errors,
         opcheck=opcheck,
-        paths=("torch",),
     )
 ]
