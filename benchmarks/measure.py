@@ -1,0 +1,110 @@
+"""Clocks and meters: samples, peak memory, and what the machine does at best."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.autograd import DeviceType
+
+from .results import Roofline
+
+LEAST = 3  # samples of anything
+SLOW_MS = 500.0  # longer calls on a GPU are timed one by one
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+PRODUCT = {"cpu": 1024, "cuda": 8192}  # side of the matrices
+
+
+def quantiles(samples: list[float]) -> tuple[float, float, float]:
+    """20, 50 and 80 %."""
+    values = torch.tensor(sorted(samples), dtype=torch.float64)
+    low, mid, high = torch.quantile(values, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return low, mid, high
+
+
+def timed(call: Callable, device: str) -> float:
+    """Milliseconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    calls: dict[str, Callable], seconds: float, repeats: int, device: str
+) -> dict[str, list[float]]:
+    """Samples of every call, spread evenly over one stretch of time, so that drift hits all alike.
+
+    Each call warms up once and gets an equal share of `seconds`: between `LEAST` and `repeats` samples.
+    """
+    share = 1e3 * seconds / len(calls)
+    turns = []
+    for name, call in calls.items():
+        call()
+        count = int(min(repeats, max(LEAST, share / timed(call, device))))
+        turns += [((j + 0.5) / count, name) for j in range(count)]
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _, name in sorted(turns):
+        samples[name].append(timed(calls[name], device))
+    return samples
+
+
+def on_gpu(call: Callable, seconds: float, repeats: int) -> list[float]:
+    """Samples by `triton.testing.do_bench`, which clears the cache before each; slow calls one by one."""
+    if timed(call, "cuda") > SLOW_MS:
+        return [timed(call, "cuda") for _ in range(LEAST)]
+    from triton.testing import do_bench
+
+    milliseconds = min(1e3 * seconds, 5.0 * repeats)
+    return do_bench(call, warmup=milliseconds / 4, rep=milliseconds, return_mode="all")
+
+
+def peak_bytes(call: Callable, device: str) -> int | None:
+    """The most memory that a call holds beyond what was there before it.
+
+    On a GPU, of torch's caching allocator. On a CPU, the running sum of the allocations and releases that
+    torch's profiler records in one call of its own; memory that libraries take for themselves (oneDNN's
+    scratch, NumPy) is not seen. None where the profiler recorded nothing.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if event.device_type() == DeviceType.CPU:
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak if events else None
+
+
+def roofline(device: str, dtypes: list[torch.dtype]) -> Roofline:
+    """The fastest of several large copies, and of several matrix products per dtype."""
+    n = COPY_BYTES[device]
+    source, target = (torch.ones(n // 4, device=device) for _ in range(2))
+    copy = _best(lambda: target.copy_(source), device)
+    rates = {}
+    for dtype in dtypes:
+        side = PRODUCT[device]
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / _best(lambda a=a, b=b: a @ b, device) / 1e9
+    return Roofline(copy_gb_s=2 * n / copy / 1e6, tflop_s=rates)
+
+
+def _best(call: Callable, device: str) -> float:
+    """Milliseconds of the fastest of a few calls within about a second."""
+    first = statistics.median(timed(call, device) for _ in range(2))
+    return min(timed(call, device) for _ in range(max(3, min(20, int(1e3 / first)))))

@@ -1,0 +1,374 @@
+"""The ops: inputs, floors, oracles, and our own paths.
+
+Floors count every input read once and every output written once, gradients of parameters left out (they are
+small), and the fewest operations among the forms we know; a multiply-add is two. See the ops' READMEs.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from prism_kernels import (
+    causal_conv1d,
+    chunk_gated_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    rms_norm,
+    selective_scan,
+    selective_scan_step,
+    swiglu,
+)
+from prism_kernels._core.runtime import triton_is_installed
+from prism_kernels.causal_conv1d.reference import causal_conv1d_reference
+from prism_kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from prism_kernels.rms_norm.reference import rms_norm_reference
+from prism_kernels.selective_scan.reference import scan_reference
+from prism_kernels.swiglu.reference import swiglu_reference
+from prism_kernels.testing.inputs import Draw
+
+from .registry import Adapter, Bench, Floor, Setting, Sizes, Skip, Tensors, add, register
+
+Run = Callable[[Tensors, str], Tensors]  # (tensors, impl) -> outputs
+
+
+def our_path(run: Run, impl: str, setting: Setting) -> Adapter:
+    """One of our paths; the Triton path on a CPU would time the interpreter."""
+    if impl == "triton":
+        if not triton_is_installed():
+            raise Skip("triton is not installed (pip install triton)")
+        if setting.device != "cuda":
+            raise Skip("needs a CUDA device; Triton's interpreter is no path to time")
+    return Adapter(partial(run, impl=impl))
+
+
+def add_op(bench: Bench, run: Run) -> None:
+    """Enter an op with its three paths. The token loop of the reference is taken only when asked for."""
+    add(bench)
+    for impl in ("triton", "torch", "reference"):
+        factory = partial(our_path, run, impl)
+        register(bench.name, impl, factory, ours=True, default=impl != "reference")
+
+
+def head_width(sizes: Sizes) -> Sizes:
+    """One width for keys and values."""
+    return {"K": sizes["D"], "V": sizes["D"]}
+
+
+# The gated delta rule, queries and keys scaled to length one in the op, as models use it.
+
+
+def draw_delta(state: bool, setting: Setting) -> Tensors:
+    s, draw = setting.sizes, Draw(0, setting.dtype)
+    B, T, H, D = (s[n] for n in "BTHD")
+    tensors = {
+        "q": draw.normal(B, T, H, D),
+        "k": draw.normal(B, T, H, D),
+        "v": draw.normal(B, T, H, D),
+        "g": draw.gate(B, T, H, low=-0.1, high=0.0),
+        "beta": draw.gate(B, T, H),
+    }
+    return tensors | ({"initial_state": draw.wide_normal(B, H, D, D)} if state else {})
+
+
+def run_chunk(t: Tensors, impl: str) -> Tensors:
+    return {"o": chunk_gated_delta_rule(**t, use_qk_l2norm_in_kernel=True, impl=impl).o}
+
+
+def run_recurrent(t: Tensors, impl: str) -> Tensors:
+    options = {"use_qk_l2norm_in_kernel": True, "output_final_state": True, "impl": impl}
+    o, state = fused_recurrent_gated_delta_rule(**t, **options)
+    return {"o": o, "final_state": state}
+
+
+def define_delta(state: bool, setting: Setting, product_dtype: torch.dtype | None) -> Callable:
+    def definition(t: Tensors) -> Tensors:
+        options = {"use_qk_l2norm_in_kernel": True, "product_dtype": product_dtype}
+        o, final = gated_delta_rule_reference(**t, scale=t["q"].shape[-1] ** -0.5, **options)
+        return {"o": o, "final_state": final} if state else {"o": o}
+
+    return definition
+
+
+def delta_floor(state: bool, s: Sizes, e: int, backward: bool) -> Floor:
+    """Token by token: decay, read, write, ask: 1 + 3 x 2 operations per entry of the state; backward twice."""
+    tokens, K, V = s["B"] * s["T"] * s["H"], s["K"], s["V"]
+    states = 8 * s["B"] * s["H"] * K * V if state else 0  # one in, one out; in backward their gradients
+    if backward:
+        return Floor(tokens * (e * (4 * K + 3 * V) + 16) + states, 14 * tokens * K * V, tokens)
+    return Floor(tokens * (e * (2 * K + 2 * V) + 8) + states, 7 * tokens * K * V, tokens)
+
+
+DELTA = {"q": "BTHK", "k": "BTHK", "v": "BTHV", "g": "BTH", "beta": "BTH"}
+
+add_op(
+    Bench(
+        name="chunk_gated_delta_rule",
+        kind="op",
+        axes=DELTA,
+        outputs={"o": "BTHV"},
+        shapes=(
+            "B8_T4096_H16_D128", "B1_T2048_H8_D128", "B1_T8192_H8_D128", "B1_T32768_H8_D128",
+            "B8_T1024_H8_D64", "B4_T4096_H64_D128", "B2_T2048_H8_D64",
+        ),
+        cpu=("B2_T512_H8_D64", "B2_T1024_H8_D64", "B2_T2048_H8_D64"),
+        draw=partial(draw_delta, False),
+        floor=partial(delta_floor, False),
+        oracle=lambda setting: partial(run_chunk, impl="torch"),
+        definition=partial(define_delta, False),
+        aliases=head_width,
+        split="H",
+    ),
+    run_chunk,
+)  # fmt: skip
+
+add_op(
+    Bench(
+        name="fused_recurrent_gated_delta_rule",
+        kind="op",
+        axes=DELTA | {"initial_state": "BHKV"},
+        outputs={"o": "BTHV", "final_state": "BHKV"},
+        shapes=("B64_T1_H16_D128", "B8_T64_H8_D64"),
+        cpu=("B16_T1_H8_D64", "B4_T64_H8_D64"),
+        draw=partial(draw_delta, True),
+        floor=partial(delta_floor, True),
+        oracle=lambda setting: partial(run_recurrent, impl="torch"),
+        definition=partial(define_delta, True),
+        aliases=head_width,
+        split="H",
+    ),
+    run_recurrent,
+)
+
+
+# The selective scan: zero-order hold, and Euler's rule as in mamba_ssm.
+
+
+def scan_sizes(sizes: Sizes) -> Sizes:
+    """A width D (mamba's letters: B, D, L, N) is D heads of one channel, each with a step size of its own."""
+    channelwise = {"H": sizes["D"], "P": 1} if "D" in sizes else {}
+    return channelwise | ({"T": sizes["L"]} if "L" in sizes else {})
+
+
+def draw_scan(setting: Setting) -> Tensors:
+    s, draw = setting.sizes, Draw(0, setting.dtype)
+    B, T, H, P, N = (s[n] for n in "BTHPN")
+    modes = torch.pi * torch.arange(N).expand(H, N).to(draw.wide)
+    return {
+        "u": draw.normal(B, T, H, P),
+        "dt": draw.log_uniform(B, T, H, low=1e-3, high=1e-1),
+        "A": torch.complex(torch.full_like(modes, -0.5), modes),
+        "B": draw.complex_normal(H, N),
+        "C": draw.complex_normal(H, N, scale=1 / math.sqrt(N)),
+    }
+
+
+def run_scan(method: str, t: Tensors, impl: str) -> Tensors:
+    return {"y": selective_scan(**t, discretization=method, impl=impl).y}
+
+
+def define_scan(method: str, setting: Setting, product_dtype: torch.dtype | None) -> Callable:
+    def definition(t: Tensors) -> Tensors:
+        return {"y": scan_reference(**t, discretization=method, product_dtype=product_dtype)[0]}
+
+    return definition
+
+
+def scan_floor(s: Sizes, e: int, backward: bool) -> Floor:
+    """An update costs 4 operations, its read-out 4; backward 2.5 times that. exp, sin, cos per mode."""
+    steps, updates = s["B"] * s["T"] * s["H"], s["B"] * s["T"] * s["H"] * s["P"] * s["N"]
+    special = 3 * steps * s["N"]
+    if backward:
+        return Floor(steps * (3 * e * s["P"] + 8), 20 * updates, special)
+    return Floor(steps * (2 * e * s["P"] + 4), 8 * updates, special)
+
+
+SCAN = {"u": "BTHP", "dt": "BTH", "A": "HN", "B": "HN", "C": "HN"}
+SCAN_SHAPES = ("B8_T4096_D2048_N16", "B64_T128_H8_P32_N64")
+
+SCAN_CPU = ("B2_T128_D256_N16", "B2_T256_D256_N16", "B2_T512_D256_N16", "B16_T128_H8_P32_N64")
+
+for name, method, cpu in (
+    ("selective_scan", "zoh", (*SCAN_CPU, "B2_D256_L1024_N16")),
+    ("selective_scan_euler", "euler", ("B2_D256_L1024_N16",)),
+):
+    run = partial(run_scan, method)
+    add_op(
+        Bench(
+            name=name,
+            kind="op",
+            axes=SCAN,
+            outputs={"y": "BTHP"},
+            shapes=SCAN_SHAPES,
+            cpu=cpu,
+            draw=draw_scan,
+            floor=scan_floor,
+            oracle=lambda setting, run=run: partial(run, impl="torch"),
+            definition=partial(define_scan, method),
+            aliases=scan_sizes,
+            split="H",
+        ),
+        run,
+    )
+
+
+def draw_step(setting: Setting) -> Tensors:
+    s, draw = setting.sizes, Draw(0, setting.dtype)
+    B, H, P, N = (s[n] for n in "BHPN")
+    tensors = draw_scan(Setting(setting.shape, s | {"T": 1}, setting.dtype, setting.device))
+    tensors |= {"u": tensors["u"][:, 0], "dt": tensors["dt"][:, 0]}
+    # [1,H,P,N] says that the weights are static where [H,P,N] could also be per row.
+    tensors |= {n: tensors[n][None, :, None].expand(1, H, P, N).contiguous() for n in "BC"}
+    return {"state": draw.complex_normal(B, H, P, N)} | tensors
+
+
+def run_step(t: Tensors, impl: str) -> Tensors:
+    y, state = selective_scan_step(**t, impl=impl)
+    return {"y": y, "new_state": state}
+
+
+def step_floor(s: Sizes, e: int, backward: bool) -> Floor:
+    updates, heads = s["B"] * s["H"] * s["P"] * s["N"], s["B"] * s["H"]
+    return Floor(16 * updates + heads * (2 * e * s["P"] + 4), 8 * updates, 3 * heads * s["N"])
+
+
+def define_step(setting: Setting, product_dtype: torch.dtype | None) -> Callable:
+    def definition(t: Tensors) -> Tensors:
+        tokens = {"u": t["u"][:, None], "dt": t["dt"][:, None], "A": t["A"], "B": t["B"][0], "C": t["C"][0]}
+        y, state = scan_reference(**tokens, initial_state=t["state"], product_dtype=product_dtype)
+        return {"y": y[:, 0], "new_state": state}
+
+    return definition
+
+
+add_op(
+    Bench(
+        name="selective_scan_step",
+        kind="op",
+        axes={"state": "BHPN", "u": "BHP", "dt": "BH", "A": "HN", "B": "1HPN", "C": "1HPN"},
+        outputs={"y": "BHP", "new_state": "BHPN"},
+        shapes=("B64_H8_P32_N64",),
+        cpu=("B16_H8_P32_N64",),
+        draw=draw_step,
+        floor=step_floor,
+        oracle=lambda setting: partial(run_step, impl="torch"),
+        definition=define_step,
+        split="H",
+        directions=("forward",),
+    ),
+    run_step,
+)
+
+
+# The small ones.
+
+
+def draw_conv(setting: Setting) -> Tensors:
+    s, draw = setting.sizes, Draw(0, setting.dtype)
+    weights = {"weight": draw.normal(s["D"], s["W"], scale=0.5), "bias": draw.normal(s["D"], scale=0.1)}
+    return {"x": draw.normal(s["B"], s["T"], s["D"])} | weights
+
+
+def run_conv(t: Tensors, impl: str) -> Tensors:
+    return {"y": causal_conv1d(**t, activation="silu", impl=impl).y}
+
+
+def define_conv(setting: Setting, product_dtype: torch.dtype | None) -> Callable:
+    return lambda t: {"y": causal_conv1d_reference(**t, activation="silu", product_dtype=product_dtype)[0]}
+
+
+def conv_floor(s: Sizes, e: int, backward: bool) -> Floor:
+    n, W = s["B"] * s["T"] * s["D"], s["W"]
+    return Floor(3 * e * n, 6 * W * n, n) if backward else Floor(2 * e * n, 2 * W * n, n)
+
+
+add_op(
+    Bench(
+        name="causal_conv1d",
+        kind="op",
+        axes={"x": "BTD", "weight": "DW", "bias": "D"},
+        outputs={"y": "BTD"},
+        shapes=("B8_T4096_D2048_W4",),
+        cpu=("B4_T1024_D512_W4",),
+        draw=draw_conv,
+        floor=conv_floor,
+        oracle=lambda setting: partial(run_conv, impl="torch"),
+        definition=define_conv,
+        split="D",
+    ),
+    run_conv,
+)
+
+
+def draw_norm(setting: Setting) -> Tensors:
+    s, draw = setting.sizes, Draw(0, setting.dtype)
+    return {"x": draw.normal(s["B"], s["T"], s["D"]), "weight": 1 + draw.normal(s["D"], scale=0.1)}
+
+
+def run_norm(t: Tensors, impl: str) -> Tensors:
+    return {"y": rms_norm(**t, impl=impl).y}
+
+
+def define_norm(setting: Setting, product_dtype: torch.dtype | None) -> Callable:
+    return lambda t: {"y": rms_norm_reference(**t)[0]}
+
+
+def norm_floor(s: Sizes, e: int, backward: bool) -> Floor:
+    rows, D = s["B"] * s["T"], s["D"]
+    return Floor(3 * e * rows * D, 9 * rows * D) if backward else Floor(2 * e * rows * D, 4 * rows * D, rows)
+
+
+add_op(
+    Bench(
+        name="rms_norm",
+        kind="op",
+        axes={"x": "BTD", "weight": "D"},
+        outputs={"y": "BTD"},
+        shapes=("B8_T4096_D2048",),
+        cpu=("B4_T1024_D1024",),
+        draw=draw_norm,
+        floor=norm_floor,
+        oracle=lambda setting: partial(run_norm, impl="reference"),
+        definition=define_norm,
+    ),
+    run_norm,
+)
+
+
+def draw_swiglu(setting: Setting) -> Tensors:
+    s, draw = setting.sizes, Draw(0, setting.dtype)
+    return {n: draw.normal(s["B"], s["T"], s["F"]) for n in ("gate", "up")}
+
+
+def run_swiglu(t: Tensors, impl: str) -> Tensors:
+    return {"y": swiglu(**t, impl=impl)}
+
+
+def define_swiglu(setting: Setting, product_dtype: torch.dtype | None) -> Callable:
+    def definition(t: dict[str, Tensor]) -> Tensors:
+        return {"y": swiglu_reference(**t)}
+
+    return definition
+
+
+def swiglu_floor(s: Sizes, e: int, backward: bool) -> Floor:
+    n = s["B"] * s["T"] * s["F"]
+    return Floor(5 * e * n, 9 * n, n) if backward else Floor(3 * e * n, 4 * n, n)
+
+
+add_op(
+    Bench(
+        name="swiglu",
+        kind="op",
+        axes={"gate": "BTF", "up": "BTF"},
+        outputs={"y": "BTF"},
+        shapes=("B8_T4096_F5632",),
+        cpu=("B4_T1024_F2048",),
+        draw=draw_swiglu,
+        floor=swiglu_floor,
+        oracle=lambda setting: partial(run_swiglu, impl="reference"),
+        definition=define_swiglu,
+    ),
+    run_swiglu,
+)
