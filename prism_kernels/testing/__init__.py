@@ -17,4 +17,9 @@ def registry() -> list[OpSpec]:
     return [spec for module in modules for spec in module.SPECS]
 
 
-__all__ = ["CATALOGUES", "Case", "ErrorCase", "OpSpec", "Row", "budget_rows", "registry"]
+def find(name: str) -> OpSpec:
+    """The description of one op."""
+    return next(spec for spec in registry() if spec.name == name)
+
+
+__all__ = ["CATALOGUES", "Case", "ErrorCase", "OpSpec", "Row", "budget_rows", "find", "registry"]

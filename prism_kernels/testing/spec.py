@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .inputs import Draw
+
 Outputs = dict[str, Tensor]
 
 
@@ -76,6 +78,7 @@ class OpSpec:
         packed: Whether the op takes cu_seqlens.
         bounded: Arguments with a range of their own (log decays, step sizes, ...), which the training
             contract holds fixed.
+        random_case: `(draw) -> Case` of drawn sizes and options, small enough for the interpreter.
     """
 
     name: str
@@ -94,3 +97,4 @@ class OpSpec:
     reverse_time: Callable[[Case], bool] = lambda case: False
     packed: bool = False
     bounded: Sequence[str] = ("g", "beta", "dt", "A")
+    random_case: Callable[[Draw], Case] | None = None

@@ -121,6 +121,23 @@ def cases(dtype: torch.dtype) -> list[Case]:
     ]  # fmt: skip
 
 
+def random_case(draw: Draw) -> Case:
+    T, H, K, V = draw.size("T", 1, 36), draw.size("H", 1, 2), draw.size("K", 4, 20), draw.size("V", 4, 20)
+    sequences = draw.size("sequences", 1, 4) if draw.flag("packed") else None
+    case = draw_case(
+        draw,
+        "drawn",
+        (1 if sequences else draw.size("B", 1, 2), T, H, K, V),
+        groups=draw.size("groups", 1, 2),
+        decay=draw.pick("decay", (-0.5, -2.0)),
+        sequences=sequences,
+        leave_out=tuple(n for n in ("g", "beta", "initial_state") if not draw.flag(n)),
+        chunk_size=draw.pick("chunk_size", (16, 32, 64)),
+        use_qk_l2norm_in_kernel=draw.flag("l2norm"),
+    )
+    return case.with_tensors(cu_seqlens=draw.bounds(sequences, T)) if sequences else case
+
+
 def hand() -> tuple[Case, Outputs]:
     """K = 2, V = 1: the second token erases what it reads, decays, and writes 5 undecayed."""
     tensors = {
@@ -235,6 +252,7 @@ def spec(name: str) -> OpSpec:
         hand=hand,
         errors=partial(errors, name),
         opcheck=partial(opcheck, name),
+        random_case=random_case,
         on_triton=on_triton,
         time_inputs=TIME_INPUTS,
         state=("initial_state", "final_state"),

@@ -59,13 +59,14 @@ def draw_case(
     state: bool = True,
     full: bool = True,
     hostile: bool = False,
+    draw: Draw | None = None,
     **options,
 ) -> Case:
     """One case of sizes B, T, H, P, N; `weights` says how B and C come, `full` adds D, z and dt_bias.
 
     The name is the seed, so that a case added or changed redraws no other.
     """
-    draw = Draw(zlib.crc32(name.encode()), dtype)
+    draw = draw or Draw(zlib.crc32(name.encode()), dtype)
     B, T, H, P, N = sizes
     number = draw.wide_normal if real else draw.complex_normal
     shapes = {"head": (H, N), "channel": (H, P, N), "token": (B, T, 1, N)}
@@ -140,6 +141,34 @@ def real_cases(dtype: torch.dtype) -> list[Case]:
         make("a step size per head", (2, 17, 8, 4, 8)),
         make("huge steps", (1, 6, 8, 1, 6), steps=(1e1, 1e2), full=False, hostile=True),
     ]
+
+
+def random_case(draw: Draw, *, real: bool = False, token: bool = False) -> Case:
+    T, H, N = draw.size("T", 1, 30), draw.size("H", 2, 4), draw.size("N", 2, 10)
+    P = 1 if draw.flag("channels in heads") else draw.size("P", 1, 5)
+    sequences = draw.size("sequences", 1, 3) if draw.flag("packed") else None
+    B = 1 if sequences else draw.size("B", 1, 2)
+    kind = "token" if token else draw.pick("weights", ("head", "channel"))
+    case = draw_case(
+        draw.dtype,
+        "drawn",
+        (B, T, H, P, N),
+        weights=(kind, kind),
+        real=real,
+        state=draw.flag("state"),
+        full=draw.flag("full"),
+        draw=draw,
+        dt_softplus=draw.flag("softplus"),
+        reverse=draw.flag("reverse"),
+        discretization=draw.pick("discretization", ("zoh", "euler")),
+    )
+    if not sequences:
+        return case
+    packed = case.with_tensors(cu_seqlens=draw.bounds(sequences, T))
+    if "initial_state" not in packed.tensors:
+        return packed
+    number = draw.wide_normal if real else draw.complex_normal
+    return packed.with_tensors(initial_state=number(sequences, H, P, N))
 
 
 def hand() -> tuple[Case, Outputs]:
@@ -268,18 +297,29 @@ STATIC = OpSpec(
     reverse_time=lambda case: case.options.get("reverse", False),
     packed=True,
     bounded=("A", "dt", "dt_bias"),
+    random_case=random_case,
 )
 
 
-def variant(name: str, cases) -> OpSpec:
+def variant(name: str, cases, random_case) -> OpSpec:
     """The same op with B and C along time, on the path that has it."""
     return replace(
-        STATIC, name=name, cases=cases, errors=list, paths=("torch",), time_inputs=("u", "dt", "z", "B", "C")
+        STATIC,
+        name=name,
+        cases=cases,
+        errors=list,
+        paths=("torch",),
+        time_inputs=("u", "dt", "z", "B", "C"),
+        random_case=random_case,
     )
 
 
 SPECS = [
     STATIC,
-    variant("selective_scan with B and C per token", token_cases),
-    variant("selective_scan with real poles, channelwise", real_cases),
+    variant("selective_scan with B and C per token", token_cases, partial(random_case, token=True)),
+    variant(
+        "selective_scan with real poles, channelwise",
+        real_cases,
+        partial(random_case, real=True, token=True),
+    ),
 ]
