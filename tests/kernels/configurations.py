@@ -1,0 +1,106 @@
+"""Calls that between them launch every shipped configuration of every kernel: block sizes, warps, dtypes.
+
+Small in tokens and heads, wide where configurations change with width.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from prism_kernels._core.runtime import Launch
+from prism_kernels.causal_conv1d.op import causal_conv1d_state_update
+from prism_kernels.testing import Case
+from prism_kernels.testing.catalogue import gated_delta_rule, selective_scan
+from prism_kernels.testing.inputs import Draw
+
+BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+UPDATES = ((24, 3, 1), (600, 4, 1), (40, 7, 5))  # channels, length of the state, tokens
+WIDTHS = (16, 32, 64, 128)  # of a head in registers: smaller ones are padded to the next
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """An op by name, and a call of it."""
+
+    op: str
+    name: str
+    make: Callable[[], Case]
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every call."""
+    for dtype in DTYPES:
+        short = str(dtype).removeprefix("torch.")
+        for op, name, make in (*_delta(dtype), *_scan(dtype), *_pointwise(dtype)):
+            yield Configuration(op, f"{name} {short}", make)
+
+
+def _delta(dtype: torch.dtype) -> Iterator[tuple]:
+    # 16-bit operands take what they are asked for, wider ones at most 32 tokens a chunk
+    chunks = {BF16: ((64, True), (64, False), (32, True), (16, False)), FP16: ((64, True), (64, False))}
+    draw = partial(gated_delta_rule.draw_case, Draw(0, dtype))
+    for K, V in (*((w, w) for w in WIDTHS), (128, 64), (40, 128)):
+        for C, unit in chunks.get(dtype, ((64, True), (16, False))):
+            name = f"K{K} V{V} C{C}" + " unit keys" * unit
+            options = {"chunk_size": C, "use_qk_l2norm_in_kernel": unit}
+            yield "chunk_gated_delta_rule", name, partial(draw, name, (1, 70, 2, K, V), **options)
+        name = f"K{K} V{V}"
+        yield "fused_recurrent_gated_delta_rule", name, partial(draw, name, (1, 19, 2, K, V))
+
+
+def _scan(dtype: torch.dtype) -> Iterator[tuple]:
+    for P, N in ((1, 1), (1, 8), (1, 16), (1, 64), (32, 64), (2, 128), (1, 256), (1, 512), (1, 1024)):
+        name = f"P{P} N{N}"
+        make = partial(selective_scan.draw_case, dtype, name, (1, 67, 4, P, N), full=N <= 64)
+        yield "selective_scan", name, make
+
+
+def _pointwise(dtype: torch.dtype) -> Iterator[tuple]:
+    for D in (3, 24, 40, 200):
+        yield "causal_conv1d", f"D{D}", partial(_convolution, dtype, D, state=False)
+        yield "causal_conv1d", f"D{D} state", partial(_convolution, dtype, D, state=True)
+    for D in (24, 600, 1024, 2048, 4096, 8192, 10_000):
+        yield "rms_norm", f"D{D}", partial(_norm, dtype, D)
+        yield "swiglu", f"F{D}", partial(_swiglu, dtype, D, packed=False)
+        yield "swiglu", f"F{D} packed", partial(_swiglu, dtype, D, packed=True)
+
+
+def _convolution(dtype: torch.dtype, D: int, state: bool) -> Case:
+    draw, W = Draw(0, dtype), 2 + D % 3
+    tensors = {"x": draw.normal(2, 67, D), "weight": draw.wide_normal(D, W), "bias": draw.wide_normal(D)}
+    if state:
+        tensors["initial_state"] = draw.normal(2, D, W - 1)
+    return Case("drawn", tensors, {"activation": "silu"})
+
+
+def _norm(dtype: torch.dtype, D: int) -> Case:
+    draw = Draw(0, dtype)
+    tensors = {"x": draw.normal(70, D), "weight": 1 + draw.wide_normal(D, scale=0.1)}
+    return Case("drawn", {**tensors, "residual": draw.wide_normal(70, D), "gate": draw.normal(70, D)})
+
+
+def _swiglu(dtype: torch.dtype, F: int, packed: bool) -> Case:
+    draw = Draw(0, dtype)
+    if packed:
+        return Case("drawn", {"gate": draw.normal(7, 2 * F)})
+    return Case("drawn", {"gate": draw.normal(7, F), "up": draw.normal(7, F)})
+
+
+def update(D: int, L: int, T: int, dtype: torch.dtype, device: str, impl: str) -> tuple[Tensor, Tensor]:
+    """Output and moved state of the convolution's step; the second row of three has no state."""
+    draw, W = Draw(0, dtype), min(4, L)
+    state, x, weight, bias = draw.normal(2, D, L), draw.normal(3, D, T), draw.normal(D, W), draw.normal(D)
+    state, x, weight, bias = (t.to(device) for t in (state, x, weight, bias))
+    rows, lengths = (torch.tensor(t, dtype=torch.int32, device=device) for t in ([1, -1, 0], [5, 0, 2]))
+    return causal_conv1d_state_update(x, state, weight, bias, lengths, rows, "silu", impl), state
+
+
+def configuration_of(launch: Launch) -> tuple:
+    """What was chosen for a launch: the kernel, the dtype of its data, blocks, warps and stages."""
+    tensors = [a for a in launch.args if isinstance(a, torch.Tensor)]
+    dtype = min((t.dtype for t in tensors), key=lambda d: d.itemsize)
+    blocks = {n: v for n, v in launch.constexprs.items() if n.startswith("B") or n in ("C", "SEGMENT")}
+    return launch.kernel.__name__, str(dtype), *sorted(blocks.items()), *sorted(launch.options.items())
