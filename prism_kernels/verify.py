@@ -148,6 +148,8 @@ def job_of(args: argparse.Namespace, refuse) -> Job:
             refuse(f"{args.against} is not installed. `pip install {peer.package}` brings it.")
     if args.cases is not None and args.cases < 1:
         refuse(f"--cases must be at least 1, got {args.cases}")
+    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
+        refuse(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
     chosen = [s for s in specs if args.op is None or s.name in args.op or s.name.split(" ")[0] in args.op]
     paths = tuple(args.path or PATHS)
     return Job(

@@ -53,6 +53,18 @@ def _heads(draw: Draw) -> torch.Tensor:
     return draw.normal(2, 70)[:, :60].unflatten(-1, (5, 12))
 
 
+def random_case(draw: Draw) -> Case:
+    shape = (draw.size("rows", 1, 5), draw.size("D", 1, 40))
+    tensors = {"x": draw.normal(*shape, scale=draw.pick("scale", (1.0, 1e-3, 1e3)))}
+    if draw.flag("weight"):
+        tensors["weight"] = 1 + draw.wide_normal(shape[1], scale=0.1)
+    if draw.flag("residual"):
+        tensors["residual"] = draw.wide_normal(*shape)
+    if draw.flag("gate"):
+        tensors["gate"] = draw.normal(*shape)
+    return Case("drawn", tensors)
+
+
 def hand() -> tuple[Case, Outputs]:
     x, eps = [3.0, 4.0], 0.5
     root = math.sqrt((9 + 16) / 2 + eps)
@@ -99,5 +111,6 @@ SPECS = [
         hand=hand,
         errors=errors,
         opcheck=opcheck,
+        random_case=random_case,
     )
 ]

@@ -41,6 +41,14 @@ def cases(dtype: torch.dtype) -> list[Case]:
     ]
 
 
+def random_case(draw: Draw) -> Case:
+    rows, F = draw.size("rows", 1, 5), draw.size("F", 1, 40)
+    scale = draw.pick("scale", (1.0, 30.0))
+    if draw.flag("both in one"):
+        return Case("drawn", {"gate": draw.normal(rows, 2 * F, scale=scale)})
+    return Case("drawn", {"gate": draw.normal(rows, F, scale=scale), "up": draw.normal(rows, F)})
+
+
 def hand() -> tuple[Case, Outputs]:
     gate, up = [1.0, -2.0], [3.0, 0.5]
     y = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)]
@@ -81,5 +89,6 @@ SPECS = [
         hand=hand,
         errors=errors,
         opcheck=opcheck,
+        random_case=random_case,
     )
 ]
