@@ -1,6 +1,11 @@
 """Fused sequence-model ops: Triton kernels, pure-PyTorch paths, and the references both are held to."""
 
-from .causal_conv1d import CausalConv1dOutput, causal_conv1d
+from .causal_conv1d import (
+    CausalConv1dOutput,
+    causal_conv1d,
+    causal_conv1d_fn,
+    causal_conv1d_update,
+)
 from .gated_delta_rule import (
     GatedDeltaRuleOutput,
     chunk_gated_delta_rule,
@@ -24,6 +29,8 @@ __all__ = [
     "SelectiveScanOutput",
     "SelectiveScanStepOutput",
     "causal_conv1d",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "chunk_gated_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "rms_norm",

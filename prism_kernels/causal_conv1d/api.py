@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._core import checks
@@ -26,6 +27,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     impl: str | None = None,
 ) -> CausalConv1dOutput:
     """Convolve each channel with its own short causal filter.
@@ -46,16 +48,18 @@ def causal_conv1d(
         initial_state: r[B,D,W-1], oldest input first; r[S,D,W-1] with cu_seqlens.
         output_final_state: Whether to return the last W-1 inputs.
         cu_seqlens: i[S+1] boundaries of S sequences packed into one row (B = 1); tokens after the last
-            boundary are padding and give 0. Paths "torch" and "reference" only.
+            boundary are padding and give 0.
+        seq_idx: i[B,T] document of each token: tokens of other documents count as 0. Tokens with a
+            negative index are padding and give 0. Without a state, and not with cu_seqlens.
         impl: "triton", "torch", "reference", or None to choose by device.
 
     Returns:
         CausalConv1dOutput(y, final_state).
 
     Raises:
-        ValueError: A shape, device, activation, or boundary does not fit; T = 0.
+        ValueError: A shape, device, activation, or boundary does not fit; T = 0; seq_idx is given
+            together with a state or cu_seqlens.
         TypeError: A dtype does not fit.
-        NotImplementedError: The Triton path is asked for packed sequences.
 
     Example:
         >>> x = torch.randn(2, 10, 8)
@@ -66,21 +70,30 @@ def causal_conv1d(
 
     Source: the short convolution of H3 (Fu et al. 2023, section 3) and Mamba (Gu and Dao 2023, section 3.4).
     """
-    _check(x, weight, bias, activation, initial_state, cu_seqlens)
-    lacks = [] if cu_seqlens is None else ["packed sequences (cu_seqlens)"]
-    path = choose_impl(NAME, impl, x.device, triton_lacks=lacks)
+    check_convolution(NAME, x, weight, bias, activation, initial_state, cu_seqlens)
+    if seq_idx is not None:
+        _check_documents(x, seq_idx, initial_state, cu_seqlens, output_final_state)
+    path = choose_impl(NAME, impl, x.device)
     if path == "reference":
         if cu_seqlens is not None:
             checks.check_cu_seqlens_values(NAME, cu_seqlens, x.shape[1])
         y, final = causal_conv1d_reference(
-            x, weight, bias, activation=activation, initial_state=initial_state, cu_seqlens=cu_seqlens
+            x,
+            weight,
+            bias,
+            activation=activation,
+            initial_state=initial_state,
+            cu_seqlens=cu_seqlens,
+            seq_idx=seq_idx,
         )
     else:
-        y, final = causal_conv1d_fwd(x, weight, bias, initial_state, cu_seqlens, activation or "none", path)
+        args = (x, weight, bias, initial_state, cu_seqlens, seq_idx, activation or "none", path)
+        y, final = causal_conv1d_fwd(*args)
     return CausalConv1dOutput(y, final if output_final_state else None)
 
 
-def _check(
+def check_convolution(
+    op: str,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -88,23 +101,41 @@ def _check(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    checks.check_rank(NAME, "x", x, "[B, T, D]")
-    checks.check_rank(NAME, "weight", weight, "[D, W]")
-    checks.check_time(NAME, "x", x.shape[1])
-    checks.check_choice(NAME, "activation", activation, (None, "silu"))
+    """Raise in the name of `op` unless x r[B,T,D] and the rest fit together."""
+    checks.check_rank(op, "x", x, "[B, T, D]")
+    checks.check_rank(op, "weight", weight, "[D, W]")
+    checks.check_time(op, "x", x.shape[1])
+    checks.check_choice(op, "activation", activation, (None, "silu"))
     for name, tensor in {"x": x, "weight": weight, "bias": bias, "initial_state": state}.items():
         if tensor is not None:
-            checks.check_dtype(NAME, name, tensor, checks.FLOATS)
-    checks.check_device(NAME, x=x, weight=weight, bias=bias, initial_state=state, cu_seqlens=cu_seqlens)
+            checks.check_dtype(op, name, tensor, checks.FLOATS)
+    checks.check_device(op, x=x, weight=weight, bias=bias, initial_state=state, cu_seqlens=cu_seqlens)
     D, W = weight.shape
     if not 2 <= W <= 4:
-        checks.fail(NAME, "`weight` [D, W] with W from 2 to 4", f"W = {W}", "Use torch.nn.functional.conv1d.")
-    checks.check_shape(NAME, "x", x, (*x.shape[:2], D), "[B, T, D]", "Inputs are [B, T, D]: channels last.")
+        checks.fail(op, "`weight` [D, W] with W from 2 to 4", f"W = {W}", "Use torch.nn.functional.conv1d.")
+    checks.check_shape(op, "x", x, (*x.shape[:2], D), "[B, T, D]", "Inputs are [B, T, D]: channels last.")
     if bias is not None:
-        checks.check_shape(NAME, "bias", bias, (D,), "[D]", "One bias per channel.")
+        checks.check_shape(op, "bias", bias, (D,), "[D]", "One bias per channel.")
     if cu_seqlens is not None:
-        checks.check_cu_seqlens(NAME, cu_seqlens, x.shape[0])
+        checks.check_cu_seqlens(op, cu_seqlens, x.shape[0])
     if state is not None:
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         advice = "The state is the last W - 1 inputs of each sequence, channels before time."
-        checks.check_shape(NAME, "initial_state", state, (rows, D, W - 1), "[B, D, W-1]", advice)
+        checks.check_shape(op, "initial_state", state, (rows, D, W - 1), "[B, D, W-1]", advice)
+
+
+def _check_documents(
+    x: Tensor, seq_idx: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, output_final_state: bool
+) -> None:
+    checks.check_dtype(NAME, "seq_idx", seq_idx, (torch.int32, torch.int64), "Use `.to(torch.int32)`.")
+    checks.check_shape(NAME, "seq_idx", seq_idx, x.shape[:2], "[B, T]", "One document index per token.")
+    checks.check_device(NAME, x=x, seq_idx=seq_idx)
+    others = {
+        "initial_state": state,
+        "cu_seqlens": cu_seqlens,
+        "output_final_state": output_final_state or None,
+    }
+    for name, other in others.items():
+        if other is not None:
+            advice = "cu_seqlens alone marks sequences that have a state each."
+            checks.fail(NAME, "`seq_idx` alone", f"`{name}` beside it", advice)

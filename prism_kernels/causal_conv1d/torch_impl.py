@@ -32,27 +32,34 @@ class Packing:
 
 
 class History:
-    """Delayed inputs and their adjoint, for dense rows or packed sequences."""
+    """Delayed inputs and their adjoint, for dense rows, packed sequences, or documents seq_idx i[B,T]."""
 
-    def __init__(self, x: Tensor, state: Tensor | None, W: int, cu_seqlens: Tensor | None):
+    def __init__(
+        self, x: Tensor, state: Tensor | None, W: int, cu_seqlens: Tensor | None, seq_idx: Tensor | None
+    ):
         wide = accumulate_dtype(x.dtype)
+        self.documents = seq_idx
         self.packing = None if cu_seqlens is None else Packing.of(cu_seqlens)
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         valid = x.shape[1] if self.packing is None else self.packing.valid
         self.W, self.valid = W, valid
-        self.x = x[:, :valid].to(wide)
+        self.x = self.inside(x[:, :valid].to(wide))
         self.state = x.new_zeros(rows, W - 1, x.shape[2], dtype=wide)  # [rows, W-1, D]: time before channels
         if state is not None:
             self.state = state.transpose(1, 2).to(wide)
         if cu_seqlens is None:
             self.row = torch.cat([self.state, self.x], dim=1)  # r[B,W-1+T,D]
 
+    def inside(self, y: Tensor) -> Tensor:
+        """y r[B,valid,D] with zeros where a token belongs to no document."""
+        return y if self.documents is None else y.masked_fill((self.documents < 0)[..., None], 0.0)
+
     def delayed(self, d: int) -> Tensor:
         """x_{t-d}, r[B,valid,D]."""
         if d == 0:
             return self.x
         if self.packing is None:
-            return self.row[:, self.W - 1 - d : self.W - 1 - d + self.valid]
+            return self._same_document(self.row[:, self.W - 1 - d : self.W - 1 - d + self.valid], d)
         past = F.pad(self.x, (0, 0, d, 0))[:, : self.valid]
         rows, sequence, slot = self._before_start(self.packing, d)
         past[0, rows] = self.state[sequence, slot]
@@ -61,15 +68,15 @@ class History:
     def add_adjoint(self, dx: Tensor, dstate: Tensor, dz: Tensor, tap: Tensor, d: int) -> None:
         """Add the gradient of `delayed(d)`, tap r[D] times dz, to dx r[B,valid,D] and dstate [rows,W-1,D]."""
         if self.packing is None:
-            n = min(d, self.valid)
+            n, dz = min(d, self.valid), self._same_document(dz, d)
             dx[:, : self.valid - n].addcmul_(dz[:, n:], tap)
             dstate[:, self.W - 1 - d : self.W - 1 - d + n].addcmul_(dz[:, :n], tap)
             return
-        grad = dz * tap
         rows, sequence, slot = self._before_start(self.packing, d)
-        dstate[sequence, slot] += grad[0, rows]  # each (sequence, slot) occurs once
-        grad = grad.index_fill(1, rows, 0.0)
-        dx[:, : self.valid - d] += grad[:, d:]
+        before = dstate[sequence, slot]  # each (sequence, slot) occurs once
+        dstate[sequence, slot] = before.addcmul(dz[0, rows], tap)
+        n = min(d, self.valid)
+        dx[:, : self.valid - n].addcmul_(dz.index_fill(1, rows, 0.0)[:, n:], tap)
 
     def final_state(self) -> Tensor:
         """The last W-1 inputs of each sequence, r[rows,W-1,D]."""
@@ -93,6 +100,13 @@ class History:
         rows = torch.arange(slot.shape[0], device=slot.device)[:, None].expand_as(slot)
         dstate[rows[~is_new], slot[~is_new]] += grad[~is_new]
 
+    def _same_document(self, y: Tensor, d: int) -> Tensor:
+        """y with zeros where the token d before belongs to another document."""
+        if self.documents is None:
+            return y
+        before = F.pad(self.documents, (d, 0), value=-1)[:, : self.valid]
+        return y.masked_fill((before != self.documents)[..., None], 0.0)
+
     def _before_start(self, packing: Packing, d: int) -> tuple[Tensor, Tensor, Tensor]:
         """Packed tokens less than d after their start, and the state entry each of them sees."""
         rows = (packing.position < d).nonzero().squeeze(1)
@@ -114,12 +128,13 @@ def forward(
     bias: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return y like x and the final state r[rows,D,W-1]; tokens after the last sequence give 0."""
-    history = History(x, state, weight.shape[1], cu_seqlens)
+    """Return y like x and the final state r[rows,D,W-1]; tokens outside any sequence give 0."""
+    history = History(x, state, weight.shape[1], cu_seqlens, seq_idx)
     z = _preactivation(history, weight, bias)
-    y = (F.silu(z) if activation == "silu" else z).to(x.dtype)
+    y = history.inside(F.silu(z) if activation == "silu" else z).to(x.dtype)
     return _pad(y, x.shape[1]), history.final_state().transpose(1, 2).to(x.dtype).contiguous()
 
 
@@ -131,12 +146,13 @@ def backward(
     bias: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight, bias and initial state, each in accumulation precision."""
-    history = History(x, state, weight.shape[1], cu_seqlens)
+    history = History(x, state, weight.shape[1], cu_seqlens, seq_idx)
     W, wide = history.W, history.x.dtype
-    dz = dy[:, : history.valid].to(wide)
+    dz = history.inside(dy[:, : history.valid].to(wide))
     if activation == "silu":
         z = _preactivation(history, weight, bias)
         sigmoid = torch.sigmoid(z)
@@ -150,6 +166,36 @@ def backward(
     history.add_final_adjoint(dx, dstate, dfinal.transpose(1, 2).to(wide))
     dweight = torch.stack(dtaps[::-1], 1)
     return _pad(dx, x.shape[1]), dweight, dz.sum((0, 1)), dstate.transpose(1, 2).contiguous()
+
+
+def update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    cache_seqlens: Tensor | None,
+    rows: Tensor | None,
+) -> Tensor:
+    """Return y like x r[B,D,T]; x enters conv_state r[rows,D,L] in place. Rows below 0 are left out."""
+    y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    kept = torch.arange(x.shape[0], device=x.device) if rows is None else (rows >= 0).nonzero().squeeze(1)
+    rows = kept if rows is None else rows[kept].long()
+    x, state, (T, L, W) = x[kept], conv_state[rows], (x.shape[2], conv_state.shape[2], weight.shape[1])
+    if cache_seqlens is None:
+        order = torch.arange(L, device=x.device).expand(len(rows), L)
+    else:  # oldest entry first
+        order = (cache_seqlens[kept].long()[:, None] + torch.arange(L, device=x.device)) % L
+    order = order[:, None].expand_as(state)
+    state = state.gather(2, order)
+    y[kept] = forward(x.mT, weight, bias, state[..., L - (W - 1) :], None, None, activation)[0].mT
+    if cache_seqlens is None:
+        conv_state[rows] = torch.cat([state, x], 2)[..., T:]
+    else:
+        state[..., : min(T, L)] = x[..., -L:]
+        order = (order + max(T - L, 0)) % L
+        conv_state[rows] = torch.empty_like(state).scatter_(2, order, state)
+    return y
 
 
 def _pad(y: Tensor, T: int) -> Tensor:

@@ -60,7 +60,7 @@ def compiles_whole(spec: OpSpec, case: Case, impl: str) -> None:
     lengths = [T, T - 1, T - 2] if spec.time_inputs and T > 4 and "cu_seqlens" not in case.tensors else [T]
     for i, length in enumerate(lengths):
         part = _cut(spec, case, 0, length) if spec.time_inputs else case
-        part = part.with_tensors(**{n: t.contiguous() for n, t in part.tensors.items()})
+        part = part.with_tensors(**{n: t.contiguous().clone() for n, t in part.tensors.items()})
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
             got = forward_backward(compiled, part)
         _close_pair(got, forward_backward(lambda c: spec.run(c, impl), part), 1e-12, "eager")

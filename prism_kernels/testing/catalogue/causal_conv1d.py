@@ -36,9 +36,11 @@ def cases(dtype: torch.dtype) -> list[Case]:
         return Case(name, tensors, options)
 
     silu = {"activation": "silu"}
-    packed = make("packed sequences, one empty", 1, 14, 6, 4, **silu)
-    state = draw.normal(4, 6, 3)
-    cu = torch.tensor([0, 2, 2, 9, 14])
+
+    def packed(name: str, bounds: list[int], T: int, D: int, W: int, dtype=torch.int32, **options) -> Case:
+        case, state = make(name, 1, T, D, W, **options), draw.normal(len(bounds) - 1, D, W - 1)
+        return case.with_tensors(initial_state=state, cu_seqlens=torch.tensor(bounds, dtype=dtype))
+
     whole = make("batch with state", 2, 13, 20, 4, state=True, **silu)
     zero = {n: 0 * t for n, t in whole.tensors.items()}
     return [
@@ -46,12 +48,64 @@ def cases(dtype: torch.dtype) -> list[Case]:
         make("one token, shorter than the filter", 1, 1, 5, 4, state=True, **silu),
         make("two taps, no activation", 2, 6, 4, 2),
         make("three taps, prime length across a block edge", 1, 67, 3, 3, state=True),
-        packed.with_tensors(initial_state=state, cu_seqlens=cu),
+        packed("packed sequences, one empty", [0, 2, 2, 9, 14], 14, 6, 4, dtype=torch.int64, **silu),
+        packed("empty sequences at both ends, others short, padding", [0, 0, 1, 3, 3, 4, 8, 8], 11, 5, 4),
+        packed("one packed sequence across block edges", [0, 66], 70, 16, 3, **silu),
+        packed("packed sequences, all empty", [0, 0, 0], 3, 4, 2, **silu),
         Case("zeros", zero, silu, hostile=True),
         Case(
             "saturating inputs", {**whole.tensors, "x": draw.normal(2, 13, 20, scale=30)}, silu, hostile=True
         ),
     ]
+
+
+def random_case(draw: Draw) -> Case:
+    T, D, W = draw.size("T", 1, 40), draw.size("D", 1, 20), draw.size("W", 2, 4)
+    sequences = draw.size("sequences", 1, 4) if draw.flag("packed") else 0
+    B = 1 if sequences else draw.size("B", 1, 3)
+    tensors = {"x": draw.normal(B, T, D), "weight": draw.wide_normal(D, W)}
+    if draw.flag("bias"):
+        tensors["bias"] = draw.wide_normal(D)
+    if draw.flag("state"):
+        tensors["initial_state"] = draw.normal(sequences or B, D, W - 1)
+    if sequences:
+        tensors["cu_seqlens"] = draw.bounds(sequences, T)
+    return Case("drawn", tensors, {"activation": draw.pick("activation", (None, "silu"))})
+
+
+def document_cases(dtype: torch.dtype) -> list[Case]:
+    draw = Draw(1, dtype)
+
+    def make(name: str, ids: list[list[int]], D: int, W: int, **options) -> Case:
+        seq_idx = torch.tensor(ids, dtype=torch.int32)
+        x = draw.normal(*seq_idx.shape, D)
+        tensors = {"x": x, "weight": draw.wide_normal(D, W), "bias": draw.wide_normal(D), "seq_idx": seq_idx}
+        return Case(name, tensors, options)
+
+    silu = {"activation": "silu"}
+    rows = [[0] * 5 + [1] * 7, [7, 2, 2, 3] + [4] * 8]
+    return [
+        make("documents in two rows", rows, 6, 4, **silu),
+        make("padding between and after documents", [[0, 0, -1, 0, 1, 1, -1, -1]], 5, 3),
+        make("documents that take turns", [[0, 1, 0, 1, 1, 0, 0, 1]], 4, 4, **silu),
+        make("one document across a block edge", [[3] * 35], 16, 2, **silu),
+    ]
+
+
+def run_documents(case: Case, impl: str | None) -> Outputs:
+    return {"y": causal_conv1d(**case.tensors, **case.options, impl=impl).y}
+
+
+def reference_documents(case: Case, product_dtype: torch.dtype | None) -> Outputs:
+    y, _ = causal_conv1d_reference(**case.tensors, **case.options, product_dtype=product_dtype)
+    return {"y": y}
+
+
+def hand_documents() -> tuple[Case, Outputs]:
+    case, outputs = hand()
+    tensors = {n: t for n, t in case.tensors.items() if n != "initial_state"}
+    y = torch.tensor([[[100 * 1 + 0.5], [100 * 2 + 0.5]]], dtype=torch.float64)
+    return Case("two documents", {**tensors, "seq_idx": torch.tensor([[0, 1]])}), {"y": y}
 
 
 def hand() -> tuple[Case, Outputs]:
@@ -65,7 +119,7 @@ def hand() -> tuple[Case, Outputs]:
 
 def errors() -> list[ErrorCase]:
     x, w, s = torch.randn(2, 6, 4), torch.randn(4, 3), torch.randn(2, 4, 2)
-    row, cu = x[:1], torch.tensor([0, 2, 6])
+    row, cu, ids = x[:1], torch.tensor([0, 2, 6]), torch.zeros(2, 6, dtype=torch.int32)
 
     def case(name: str, error: type[Exception], pattern: str, *args, **options) -> ErrorCase:
         return ErrorCase(
@@ -103,20 +157,14 @@ def errors() -> list[ErrorCase]:
         case("boundaries past the end", ValueError, "at most T = 6", row, w, cu_seqlens=torch.tensor([0, 9])),
         case("boundaries not from 0", ValueError, "from 0", row, w, cu_seqlens=torch.tensor([1, 6])),
         case("packed batch", ValueError, "batch size 1", x, w, cu_seqlens=cu),
-        case(
-            "packed on triton",
-            NotImplementedError,
-            "a call.*got packed",
-            row,
-            w,
-            cu_seqlens=cu,
-            impl="triton",
-        ),
+        case("document indices of floats", TypeError, "`seq_idx` of dtype int32", x, w, seq_idx=x[..., 0]),
+        case("a document too many", ValueError, r"`seq_idx` \[B, T\] of shape", x, w, seq_idx=ids[:, 1:]),
+        case("documents with a state", ValueError, "alone, got `init", x, w, seq_idx=ids, initial_state=s),
     ]
 
 
 def opcheck(case: Case, impl: str) -> list[tuple]:
-    names = ("x", "weight", "bias", "initial_state", "cu_seqlens")
+    names = ("x", "weight", "bias", "initial_state", "cu_seqlens", "seq_idx")
     args = [case.tensors.get(n) for n in names]
     detached = [None if t is None else t.detach() for t in args]
     tail = (case.options.get("activation") or "none", impl)
@@ -134,10 +182,20 @@ SPECS = [
         hand=hand,
         errors=errors,
         opcheck=opcheck,
-        on_triton=lambda case: "cu_seqlens" not in case.tensors,
+        random_case=random_case,
         time_inputs=("x",),
         state=("initial_state", "final_state"),
         step=step,
         packed=True,
-    )
+    ),
+    OpSpec(
+        name="causal_conv1d (documents)",
+        run=run_documents,
+        reference=reference_documents,
+        cases=document_cases,
+        hand=hand_documents,
+        errors=list,
+        opcheck=opcheck,
+        time_inputs=("x", "seq_idx"),
+    ),
 ]
