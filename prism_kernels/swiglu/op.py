@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .._core.autograd import first_order_only
-from .._core.rows import as_rows
 from .._core.runtime import launch, without_autocast
 from . import torch_impl
 
@@ -14,14 +13,10 @@ NAME = "swiglu"
 TILE, WARPS = 2048, 4  # 16 elements a thread: two 16-byte loads of 16-bit values from each input
 
 
-def _rows(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
-    """The tensors as [rows, F] and their row strides; one single row where all are contiguous."""
-    if all(t.is_contiguous() for t in tensors):
-        return [t.view(1, -1) for t in tensors], [0] * len(tensors)
-    views, inner, strides = as_rows(tensors)
-    if inner == 1:
-        return [t[:, 0] for t in views if t is not None], strides[::2]
-    return _rows(*(t.contiguous() for t in tensors))
+def _rows(t: Tensor) -> Tensor:
+    """`t` as [rows, F] with the last axis contiguous; a copy only where strides allow no view."""
+    t = t if t.ndim and t.stride(-1) == 1 else t.contiguous()
+    return t.reshape(-1, t.shape[-1] if t.ndim else 1)
 
 
 def _blocks(rows: int, F: int) -> dict[str, int]:
@@ -32,15 +27,19 @@ def _blocks(rows: int, F: int) -> dict[str, int]:
     return {"BLOCK_R": 1 if rows == 1 else TILE // width, "BLOCK_F": width}
 
 
-def _launch(kernel: Any, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], *stride: int) -> None:
+def _launch(kernel: Any, *tensors: Tensor) -> None:
+    """Launch over outputs and inputs, as one single row where all are contiguous."""
     import triton.language as tl
 
-    views, strides = _rows(*inputs)
+    views = [_rows(t) for t in tensors]
+    if all(t.is_contiguous() for t in views):
+        views = [t.view(1, -1) for t in views]
     rows, F = views[0].shape
     blocks = _blocks(rows, F)
     grid = (-(-rows // blocks["BLOCK_R"]) * -(-F // blocks["BLOCK_F"]),)
-    acc = tl.float64 if inputs[0].dtype == torch.float64 else tl.float32
-    launch(kernel, grid, *outputs, *views, rows, F, *stride, *strides, **blocks, ACC=acc, num_warps=WARPS)
+    acc = tl.float64 if tensors[0].dtype == torch.float64 else tl.float32
+    strides = [t.stride(0) for t in views]
+    launch(kernel, grid, *views, rows, F, *strides, **blocks, ACC=acc, num_warps=WARPS)
 
 
 def _launch_fwd(gate: Tensor, up: Tensor | None) -> Tensor:
@@ -49,7 +48,7 @@ def _launch_fwd(gate: Tensor, up: Tensor | None) -> Tensor:
     gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
-        _launch(swiglu_fwd_kernel, (y,), (gate, up))
+        _launch(swiglu_fwd_kernel, y, gate, up)
     return y
 
 
@@ -60,12 +59,12 @@ def _launch_bwd(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Te
         dx = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         dgate, dup = dx.chunk(2, -1)
         gate, up = gate.chunk(2, -1)
-        returned, stride = (dx, dx.new_empty(0)), dx.shape[-1]
+        returned = dx, dx.new_empty(0)
     else:
         dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
-        returned, stride = (dgate, dup), gate.shape[-1] if gate.ndim else 1
+        returned = dgate, dup
     if gate.numel():
-        _launch(swiglu_bwd_kernel, (dgate, dup), (dy, gate, up), stride)
+        _launch(swiglu_bwd_kernel, dgate, dup, dy, gate, up)
     return returned
 
 

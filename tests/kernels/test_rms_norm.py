@@ -112,3 +112,11 @@ def test_rows_are_seen_without_a_copy_where_strides_allow():
         assert strides[2:] == [0, 0] and list(view.stride()[:2]) == strides[:2], name
         assert (view.data_ptr() == t.data_ptr()) == kept, name
         assert torch.equal(view.reshape(t.shape), t), name
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_32_bits():
+    x = torch.zeros(2**20 + 64, 2048, dtype=torch.float16, device="cuda")
+    x[-64:] = torch.randn(64, 2048, device="cuda")
+    weight, tail = torch.randn(2048, device="cuda"), x[-64:].clone()
+    torch.testing.assert_close(rms_norm(x, weight).y[-64:], rms_norm(tail, weight, impl="torch").y)

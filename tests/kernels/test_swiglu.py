@@ -63,3 +63,12 @@ def test_tiles_cover_rows_without_much_overhang():
         covered = -(-F // tile["BLOCK_F"]) * tile["BLOCK_F"]
         assert covered < 2 * F and (F < 1024 or covered <= F * 9 / 8 or tile["BLOCK_F"] == 256), F
         assert tile["BLOCK_R"] * tile["BLOCK_F"] == op.TILE
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_32_bits():
+    both = torch.zeros(2**20 + 64, 2 * 2048, dtype=torch.float16, device="cuda")
+    both[-64:] = torch.randn(64, 2 * 2048, device="cuda")
+    tail = swiglu(both[-64:].clone(), impl="torch")
+    torch.testing.assert_close(swiglu(both)[-64:], tail)
+    torch.testing.assert_close(swiglu(both[:, :2048], both[:, 2048:])[-64:], tail)

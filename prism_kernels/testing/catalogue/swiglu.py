@@ -31,6 +31,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
             "gates at both ends", {"gate": wide.normal(2, 9, scale=40), "up": wide.normal(2, 9)}, hostile=True
         ),
         Case("both in one", {"gate": Draw(2, dtype).normal(3, 5, 14)}),
+        Case("both in one, axes apart", {"gate": wide.normal(2, 6, 3, 4).transpose(0, 1)[::2]}),
         Case("both in one row", {"gate": wide.normal(10)}),
         Case("both in one, of one channel", {"gate": wide.normal(4, 2)}),
         Case("a prime width beyond a block", {"gate": wide.normal(3, 2 * 263)}),
