@@ -1,18 +1,18 @@
 """Is a result right? Errors against float64, as multiples of the error that plain PyTorch makes.
 
-The rule is that of `prism_kernels/testing/budgets.py`: error / (error of plain PyTorch + eps/2 of the largest
-entry), as the largest absolute error and as relative L2, over outputs and every gradient. Plain PyTorch is the
-op's definition with the operands of its products rounded to the dtype. Our paths may reach 2. Other people's
-code may reach 10: keeping whole intermediates in 16 bits (flash-linear-attention, flash-qla), summing chunk by
-chunk, or rounding a step size to 16 bits are legitimate choices that cost a small factor; a wrong sign, mask,
-scale or gradient costs hundreds.
+The rule is that of `prism_kernels/testing/budgets.py`: error / (error of plain PyTorch + eps/2 of the
+largest entry), as the largest absolute error and as relative L2, over outputs and every gradient. Plain
+PyTorch is the op's definition with the operands of its products rounded to the dtype. Our paths may reach
+2. Other people's code may reach 10: keeping whole intermediates in 16 bits (flash-linear-attention,
+flash-qla), summing chunk by chunk, or rounding a step size to 16 bits are legitimate choices that cost a
+small factor; a wrong sign, mask, scale or gradient costs hundreds.
 
-The definition walks token by token and keeps every state, which long shapes do not allow. So the oracle of a
-whole shape is our PyTorch path in float64, some heads at a time where memory asks for it. It is tied to the
-definition on the spot: on a cut (few rows, tokens and heads) both must agree to 1e-9, or nothing is timed.
-Plain PyTorch's error comes from the same cut, relative to the size of the oracle there. The largest error of
-the whole is the largest of many more entries, so it may be 1 + log10(how many times more) times as large.
-A layer's or model's parameter gradients are judged as one vector, which is what an optimiser meets.
+Most definitions walk token by token and keep every state, which long shapes do not allow. So the oracle of
+a whole shape is our PyTorch path in float64, some heads at a time where memory asks for it. It is tied to
+the definition on the spot: on a cut (few rows, tokens and heads) both must agree to 1e-9, or nothing is
+timed. Plain PyTorch's error comes from the same cut, relative to the size of the oracle there. The largest
+error of the whole is the largest of many more entries, so it may be 1 + log10(how many times more) times as
+large. A layer's or model's parameter gradients are judged as one vector, which is what an optimiser meets.
 """
 
 import math
@@ -78,7 +78,7 @@ def judge(bench: Bench, setting: Setting, tensors: Tensors, backward: bool) -> J
     fast, exact = bench.oracle(setting), bench.definition(setting, None)
     plain = bench.definition(setting, setting.dtype if setting.dtype in LOW else None)
     weights = cotangents_of(bench, setting) if backward else None
-    limits = {"B": ROWS, "T": TOKENS, "L": TOKENS, bench.split: heads_of_cut(setting)}
+    limits = {"B": ROWS, "T": TOKENS, bench.split: heads_of_cut(setting)} if bench.looped else {}
     part = cut(tensors, bench.axes, limits)
     part_weights = cut(weights, bench.outputs, limits) if weights else None
     oracle = values(bench, fast, double(part), part_weights)

@@ -92,7 +92,7 @@ def define_delta(state: bool, setting: Setting, product_dtype: torch.dtype | Non
 
 
 def delta_floor(state: bool, s: Sizes, e: int, backward: bool) -> Floor:
-    """Token by token: decay, read, write, ask: 1 + 3 x 2 operations per entry of the state; backward twice."""
+    """Token by token: 1 + 3 x 2 operations per entry of the state to decay, read, write, ask; backward twice."""
     tokens, K, V = s["B"] * s["T"] * s["H"], s["K"], s["V"]
     states = 8 * s["B"] * s["H"] * K * V if state else 0  # one in, one out; in backward their gradients
     if backward:
@@ -119,6 +119,7 @@ add_op(
         definition=partial(define_delta, False),
         aliases=head_width,
         split="H",
+        looped=True,
     ),
     run_chunk,
 )  # fmt: skip
@@ -137,6 +138,7 @@ add_op(
         definition=partial(define_delta, True),
         aliases=head_width,
         split="H",
+        looped=True,
     ),
     run_recurrent,
 )
@@ -208,6 +210,8 @@ for name, method, cpu in (
             definition=partial(define_scan, method),
             aliases=scan_sizes,
             split="H",
+            looped=True,
+            looped=True,
         ),
         run,
     )
@@ -255,6 +259,7 @@ add_op(
         oracle=lambda setting: partial(run_step, impl="torch"),
         definition=define_step,
         split="H",
+        looped=True,
         directions=("forward",),
     ),
     run_step,

@@ -1,13 +1,13 @@
 """Every op, layer and model once: inputs, shapes, the least it must move and compute, and who computes it.
 
-A `Bench` describes one of them; `benches()` has them all. Tensors are declared by their axes, one letter each
-("BTHK"), and a shape by its sizes ("B8_T4096_H16_D128"), so that inputs can be cut into heads and checked without
-a word more from the op. Providers register themselves by name:
+A `Bench` describes one of them; `benches()` has them all. Tensors are declared by their axes, one letter
+each ("BTHK"), and a shape by its sizes ("B8_T4096_H16_D128"), so that inputs can be cut into heads and
+checked without a word more from the op. Providers register themselves by name:
 
     register("rms_norm", "mine", factory)        # factory(setting) -> Adapter, or a plain callable
 
-A factory runs once per shape and dtype, before anything is timed, and raises `Skip` where its provider cannot
-run.
+A factory runs once per shape and dtype, before anything is timed, and raises `Skip` where its provider
+cannot run.
 """
 
 import importlib
@@ -110,6 +110,7 @@ class Bench:
             in that precision.
         aliases: Sizes that follow from those in the name, for example K and V from D.
         split: Axis along which the work is independent (heads, channels); "" where there is none.
+        looped: Whether the definition is a loop over time that keeps every state, and so is run on a cut only.
         directions: What makes sense to time.
     """
 
@@ -125,6 +126,7 @@ class Bench:
     definition: Callable[[Setting, torch.dtype | None], Callable[[Tensors], Tensors]]
     aliases: Callable[[Sizes], Sizes] = lambda sizes: {}
     split: str = ""
+    looped: bool = False
     directions: tuple[str, ...] = DIRECTIONS
     providers: dict[str, Provider] = field(default_factory=dict)
 

@@ -1,0 +1,412 @@
+"""`python -m benchmarks run`: check, then time, and keep every finished row.
+
+    python -m benchmarks run                                        # this device's shapes, everybody
+    python -m benchmarks run --op 'chunk*' --shape B2_T2048_H8_D64 --direction forward
+    python -m benchmarks run --op rms_norm --shape B2_T64_D96       # any sizes, in the letters of its shapes
+    python -m benchmarks run --provider torch transformers --out mine.json
+    python -m benchmarks run --out mine.json --resume               # after an interruption
+    python -m benchmarks run --plugin mine.py                       # a file that calls registry.register(...)
+
+Selections take names and globs. Each provider's outputs and gradients are checked against float64 before it
+is timed (`judge.py`); one that is wrong, crashes, runs out of memory or returns NaN is a row that says so,
+is not timed, and the run goes on. On a CPU the repeats of all providers of one op, shape, dtype and
+direction are interleaved; on a GPU `triton.testing.do_bench` times one after the other. The file is
+replaced after every group.
+
+Exits with 0; with 1 if one of our own paths was wrong, failed or returned NaN, or no peer ran under
+--require-peer; with 2 on a selection or a file that cannot be used; with 3 if the GPU was lost on the way.
+"""
+
+import argparse
+import difflib
+import fnmatch
+import importlib.util
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from prism_kernels.testing.budgets import cotangents, differentiable
+
+from . import measure
+from .judge import Judge, judge, limit_of, not_finite
+from .progress import Progress
+from .ranking import OURS, REFERENCE
+from .registry import Adapter, Bench, Provider, Setting, Skip, Tensors, benches
+from .results import DIRECTIONS, Key, Result, ResultError, Row, environment, load
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+OUT = Path("runs/bench.json")
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+class Refusal(Exception):
+    """Why a run does not start."""
+
+
+class DeviceLost(Exception):
+    """A kernel has broken the GPU's context: nothing more can run in this process."""
+
+
+@dataclass
+class Group:
+    """One op, shape, dtype and direction: what is timed together."""
+
+    bench: Bench
+    setting: Setting
+    direction: str
+    providers: list[Provider] = field(default_factory=list)
+
+    def key(self, provider: str) -> Key:
+        dtype = str(self.setting.dtype).removeprefix("torch.")
+        return self.bench.name, self.setting.shape, dtype, self.direction, provider
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `run`."""
+    add = parser.add_argument
+    add("--op", nargs="+", default=["*"], metavar="NAME", help="ops, layers and models")
+    add("--shape", nargs="+", metavar="NAME", help="shapes; default: those of the device")
+    add("--provider", nargs="+", metavar="NAME", help="who computes; default: all but the reference")
+    add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    add("--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="CPU threads; default: torch's")
+    add("--seconds", type=float, default=6.0, help="time for the samples of one group (CPU) or row (GPU)")
+    add("--repeats", type=int, default=50, help="most samples of a row")
+    add("--no-memory", action="store_true", help="leave peak memory out")
+    add("--out", type=Path, default=OUT, help=f"result file, default {OUT}")
+    add("--resume", action="store_true", help="keep the file's finished rows and measure the rest")
+    add("--force", action="store_true", help="resume a file of another commit or device")
+    add("--plugin", type=Path, nargs="+", default=[], help="files that register more providers")
+    add("--require-peer", action="store_true", help="exit with 1 if no other people's code ran")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what was selected."""
+    try:
+        for plugin in args.plugin:
+            load_plugin(plugin)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise Refusal("run: --device cuda, and torch sees no CUDA device here.")
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        groups = select(args)
+        result = begin(args, groups)
+    except (Refusal, ResultError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        measure_all(args, groups, result)
+    except DeviceLost as error:
+        print(
+            f"{error}\nThe GPU is lost to this process; the same command with --resume goes on.",
+            file=sys.stderr,
+        )
+        return 3
+    return verdict(groups, result, args.require_peer)
+
+
+def load_plugin(path: Path) -> None:
+    """Run a file that registers providers."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise Refusal(f"run: --plugin {path} is not a Python file.")
+    benches()
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def chosen(what: str, patterns: Iterable[str], names: list[str]) -> list[str]:
+    """Names that match, in their order; a pattern without a match is refused with the nearest names."""
+    taken = set()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not matches:
+            raise Refusal(unknown(what, pattern, names))
+        taken |= matches
+    return [name for name in names if name in taken]
+
+
+def unknown(what: str, name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, 3, 0.4)
+    advice = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(names)}."
+    return f"run: no {what} {name!r}. {advice} `python -m benchmarks list` prints all."
+
+
+def select(args: argparse.Namespace) -> list[Group]:
+    """Groups of a selection, in order.
+
+    Raises:
+        Refusal: A name is unknown, or nothing is left.
+    """
+    everything = benches()
+    picked = [everything[name] for name in chosen("op", args.op, list(everything))]
+    if args.provider:
+        known = list(dict.fromkeys(name for bench in picked for name in bench.providers))
+        chosen("provider", args.provider, known)
+    shapes = {bench.name: shapes_of(bench, args) for bench in picked}
+    for pattern in args.shape or ():
+        if not any(matching(bench, pattern) for bench in picked):
+            names = [name for bench in picked for name in (*bench.cpu, *bench.shapes)]
+            raise Refusal(unknown("shape", pattern, list(dict.fromkeys(names))))
+    dtypes = args.dtype or (["float32"] if args.device == "cpu" else ["bfloat16"])
+    groups = [
+        Group(
+            bench,
+            bench.setting(shape, getattr(torch, dtype), args.device),
+            direction,
+            providers_of(bench, args),
+        )
+        for bench in picked
+        for shape in shapes[bench.name]
+        for dtype in dtypes
+        for direction in bench.directions
+        if direction in args.direction
+    ]
+    groups = [group for group in groups if group.providers]
+    if not groups:
+        raise Refusal("run: the selection is empty: no provider, shape and direction fit together.")
+    return groups
+
+
+def shapes_of(bench: Bench, args: argparse.Namespace) -> list[str]:
+    if not args.shape:
+        return list(bench.cpu if args.device == "cpu" else bench.shapes)
+    return list(dict.fromkeys(name for pattern in args.shape for name in matching(bench, pattern)))
+
+
+def matching(bench: Bench, pattern: str) -> list[str]:
+    """Named shapes that match, or the sizes that the pattern spells out."""
+    named = [n for n in dict.fromkeys((*bench.cpu, *bench.shapes)) if fnmatch.fnmatchcase(n, pattern)]
+    return named or ([pattern] if bench.sizes(pattern) else [])
+
+
+def providers_of(bench: Bench, args: argparse.Namespace) -> list[Provider]:
+    if not args.provider:
+        return [p for p in bench.providers.values() if p.default]
+    patterns = args.provider
+    return [p for p in bench.providers.values() if any(fnmatch.fnmatchcase(p.name, x) for x in patterns)]
+
+
+def begin(args: argparse.Namespace, groups: list[Group]) -> Result:
+    """A new result, or the one to go on with.
+
+    Raises:
+        ResultError: The file to resume is no result of this bench.
+        Refusal: It comes from another commit or device.
+    """
+    from .peers import installed
+
+    here = environment(args.device, installed())
+    if args.resume and args.out.exists():
+        result = load(args.out)
+        there = result.environment
+        names = [n for n in ("device_name", "commit", "threads") if getattr(here, n) != getattr(there, n)]
+        if names and not args.force:
+            what = "; ".join(f"{n} {getattr(there, n)!r}, here {getattr(here, n)!r}" for n in names)
+            raise Refusal(f"run: {args.out} comes from elsewhere ({what}). --force goes on with it still.")
+        return result
+    dtypes = list(dict.fromkeys(group.setting.dtype for group in groups))
+    result = Result(
+        command=f"python -m benchmarks {shlex.join(sys.argv[1:])}",
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment=here,
+        roofline=measure.roofline(args.device, dtypes),
+    )
+    result.save(args.out)
+    return result
+
+
+def measure_all(args: argparse.Namespace, groups: list[Group], result: Result) -> None:
+    """Work through the groups; those on the same inputs share their oracle."""
+    done, total = result.finished(), sum(len(group.providers) for group in groups)
+    with Progress(total) as progress:
+        inputs: tuple[object, Tensors] | None = None
+        for group in groups:
+            todo = [p for p in group.providers if group.key(p.name) not in done]
+            progress.skip(len(group.providers) - len(todo))
+            if not todo:
+                continue
+            what = (group.bench.name, group.setting.shape, group.setting.dtype)
+            if inputs is None or inputs[0] != what:
+                drawn = group.bench.draw(group.setting)
+                inputs = what, {n: t.to(group.setting.device) for n, t in drawn.items()}
+            measure_group(args, group, todo, inputs[1], result, progress)
+            result.save(args.out)
+
+
+def measure_group(
+    args: argparse.Namespace,
+    group: Group,
+    todo: list[Provider],
+    tensors: Tensors,
+    result: Result,
+    progress: Progress,
+) -> None:
+    """Check every provider, then time those that are right."""
+
+    def finish(row: Row) -> None:
+        result.rows.append(row)
+        progress.row(row)
+        if args.device == "cuda" and row.status in ("failed", "not finite", "wrong"):
+            result.save(args.out)
+            check_device(row)
+
+    backward = group.direction != "forward"
+    adapters: dict[str, Adapter] = {}
+    for provider in todo:
+        row, adapter = open_row(group, provider)
+        if adapter is None:
+            finish(row)
+        else:
+            adapters[provider.name] = adapter
+    if not adapters:
+        return
+    try:
+        held_to = judge(group.bench, group.setting, tensors, backward)
+    except Exception as error:  # whatever it is, it is the finding of these rows
+        for provider in (p for p in todo if p.name in adapters):
+            finish(broken(new_row(group, provider), error, "the oracle: "))
+        return
+    right: dict[str, tuple[Row, Callable]] = {}
+    for provider in (p for p in todo if p.name in adapters):
+        row, adapter = new_row(group, provider), adapters[provider.name]
+        try:
+            check(row, provider, adapter, held_to, tensors)
+            if row.status == "ok":
+                right[provider.name] = row, call_of(adapter, tensors, backward)
+                continue
+        except Exception as error:
+            row = broken(row, error)
+        finish(row)
+    del held_to
+    for row in timed_rows(args, group, right, result):
+        finish(row)
+
+
+def open_row(group: Group, provider: Provider) -> tuple[Row, Adapter | None]:
+    """A provider's adapter, or the row that says why there is none."""
+    row = new_row(group, provider)
+    try:
+        made = provider.factory(group.setting)
+        return row, made if isinstance(made, Adapter) else Adapter(made)
+    except Skip as reason:
+        row.status, row.reason = "skipped", str(reason)
+    except Exception as error:
+        row = broken(row, error)
+    return row, None
+
+
+def new_row(group: Group, provider: Provider) -> Row:
+    floor = group.bench.floor_of(group.setting, group.direction)
+    row = Row(*group.key(provider.name), status="ok")
+    row.floor_bytes, row.floor_flops, row.floor_special = floor.bytes, floor.flops, floor.special
+    return row
+
+
+def broken(row: Row, error: Exception, where: str = "") -> Row:
+    """The row of something that was raised."""
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    memory = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+    memory = memory or any(text in str(error) for text in OUT_OF_MEMORY)
+    row.status = "out of memory" if memory else "failed"
+    row.reason = f"{where}{type(error).__name__}: {message}"[:300]
+    row.error_ratio, row.error_in = None, ""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return row
+
+
+def check(row: Row, provider: Provider, adapter: Adapter, held_to: Judge, tensors: Tensors) -> None:
+    """Compare a provider's results with the oracle's."""
+    got = held_to.values(adapter, tensors)
+    if name := not_finite(got):
+        row.status, row.reason = "not finite", f"NaN or infinity in {name}"
+        return
+    row.error_ratio, row.error_in = held_to.worst(got)
+    row.reason, limit = adapter.note, limit_of(provider.ours)
+    if not row.error_ratio <= limit:
+        row.status = "wrong"
+        row.reason = (
+            f"{row.error_in} is {row.error_ratio:.3g} times as far off as plain PyTorch, limit {limit:g}"
+        )
+
+
+def call_of(adapter: Adapter, tensors: Tensors, backward: bool) -> Callable:
+    """What is timed: the provider on its own layout, forward alone or with gradients of all its inputs."""
+    with torch.no_grad():
+        native = adapter.prepare(tensors)
+        if not backward:
+            return torch.no_grad()(lambda: adapter.call(native))
+        weights = list(cotangents(adapter.call(native)).values())
+    native = {n: t.detach().requires_grad_() if differentiable(t) else t for n, t in native.items()}
+    leaves = [t for t in native.values() if t.requires_grad]
+
+    def forward_backward() -> None:
+        outputs = list(adapter.call(native).values())
+        torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
+
+    return forward_backward
+
+
+def timed_rows(
+    args: argparse.Namespace, group: Group, right: dict[str, tuple[Row, Callable]], result: Result
+) -> Iterable[Row]:
+    """Rows with their times; on a CPU all at once, one by one on a GPU."""
+    samples: dict[str, list[float]] = {}
+    if args.device == "cpu" and right:
+        try:
+            calls = {name: call for name, (_, call) in right.items()}
+            samples = measure.interleaved(calls, args.seconds, args.repeats, args.device)
+        except Exception as error:
+            yield from (broken(row, error, "while timing: ") for row, _ in right.values())
+            return
+    for name, (row, call) in right.items():
+        try:
+            taken = samples.get(name) or measure.on_gpu(call, args.seconds, args.repeats)
+            fill(row, taken, result)
+            row.peak_bytes = None if args.no_memory else measure.peak_bytes(call, args.device)
+            yield row
+        except Exception as error:
+            yield broken(row, error, "while timing: ")
+
+
+def fill(row: Row, samples: list[float], result: Result) -> None:
+    """Quantiles, rates, and the share of what this machine can do at best."""
+    row.ms_p20, row.ms_p50, row.ms_p80 = measure.quantiles(samples)
+    row.samples = len(samples)
+    row.gb_s = row.floor_bytes / row.ms_p50 / 1e6
+    row.tflop_s = row.floor_flops / row.ms_p50 / 1e9
+    peak = result.roofline.tflop_s.get(row.dtype)
+    floor = max(
+        row.floor_bytes / result.roofline.copy_gb_s / 1e6, row.floor_flops / peak / 1e9 if peak else 0.0
+    )
+    row.roofline_percent = 100 * floor / row.ms_p50
+
+
+def check_device(row: Row) -> None:
+    """Raise if the GPU does not answer any more."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise DeviceLost(f"after {' '.join(row.key)}: {str(error).splitlines()[0]}") from error
+
+
+def verdict(groups: list[Group], result: Result, require_peer: bool) -> int:
+    """The exit status, and why it is not 0."""
+    ours = {group.key(p.name) for group in groups for p in group.providers if p.ours}
+    everybody = {group.key(p.name) for group in groups for p in group.providers}
+    rows = [row for row in result.rows if row.key in everybody]
+    bad = [row for row in rows if row.key in ours and row.status in ("wrong", "not finite", "failed")]
+    for row in bad:
+        print(f"ours, {row.status}: {' '.join(row.key)}: {row.reason}", file=sys.stderr)
+    if require_peer and not any(
+        row.status == "ok" and row.provider not in (*OURS, REFERENCE) for row in rows
+    ):
+        print("no peer at all could run: nothing was compared.", file=sys.stderr)
+        return 1
+    return int(bool(bad))
