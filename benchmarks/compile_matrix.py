@@ -131,9 +131,9 @@ def summary_table(report: dict) -> str:
         " | most shared, KiB | above the budget |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for version in VERSIONS:
-        if report["versions"]["triton"][version] != "ok":
-            text.append(f"| {version} | all | **{report['tritons'][version]}** | | | | | |")
+    for version, state in report["versions"]["triton"].items():
+        if state != "ok":
+            text.append(f"| {version} | all | **{state}** | | | | | |")
             continue
         for target in TARGETS:
             found = [e for e in budgets.rows(report, version) if e.target == target]
@@ -151,7 +151,7 @@ def failure_table(report: dict) -> str:
     """Everything that does not compile or fit."""
     text = ["| kernel | case | target | triton | why |", "| --- | --- | --- | --- | --- |"]
     failed: dict[tuple, list[str]] = {}
-    for version in VERSIONS:
+    for version in report["versions"]["triton"]:
         for e in budgets.rows(report, version):
             if e.error:
                 failed.setdefault((e.kernel, e.case, e.target, e.error), []).append(version)
@@ -185,13 +185,16 @@ def scan_table(report: dict) -> str:
         "| kernel | case | triton | " + " | ".join(targets) + " |",
         "| --- | --- | --- |" + " ---: |" * len(targets),
     ]
-    for version in VERSIONS:
+    for version in report["versions"]["triton"]:
         for (kernel, case), found in grouped(budgets.rows(report, version)):
             if any(e.per_element is not None for e in found.values()):
-                pairs = ((found[t].per_element, found[t].mufu_per_element) for t in targets)
-                cells = " | ".join(f"{instructions:.1f} / {special:.1f}" for instructions, special in pairs)
+                cells = " | ".join(_scan_cell(found.get(t)) for t in targets)
                 text.append(f"| `{kernel}` | {case} | {version} | {cells} |")
     return "\n".join(text)
+
+
+def _scan_cell(e: Entry | None) -> str:
+    return "" if e is None or e.per_element is None else f"{e.per_element:.1f} / {e.mufu_per_element:.1f}"
 
 
 def grouped(entries: list[Entry]) -> Iterator[tuple[tuple[str, str], dict[str, Entry]]]:

@@ -26,12 +26,14 @@ from typing import Any
 import torch
 
 import prism_kernels as pk
-from prism_kernels._core.runtime import Launch, record_launches
+from prism_kernels._core.runtime import Launch, interpreting, record_launches
+from prism_kernels.causal_conv1d.op import causal_conv1d_state_update
 
 from . import budgets, sass
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a block can have
+TENSOR_MEMORY = 512  # columns, from sm_100
 SCANS = ("scan_forward", "scan_backward")  # a program holds BLOCK_C x BLOCK_N states and walks the tokens
 TYPES = {
     torch.float16: "*fp16",
@@ -75,6 +77,9 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
     for dtype in (torch.bfloat16, torch.float32):
         short = "bf16" if dtype == torch.bfloat16 else "fp32"
         calls.append((f"D2048 W4 {short}", partial(_conv, dtype)))
+        calls.append((f"D2048 W4 packed {short}", partial(_conv_packed, dtype)))
+        calls.append((f"D2048 W4 documents {short}", partial(_conv_documents, dtype)))
+        calls.append((f"D2048 W4 L4 ring {short}", partial(_conv_update, dtype)))
         for size in (64, 32, 128):
             calls.append((f"K=V={size} {short}", partial(_delta, pk.chunk_gated_delta_rule, size, dtype)))
         calls.append((f"K=V=64 l2 {short}", partial(_delta, pk.chunk_gated_delta_rule, 64, dtype, l2=True)))
@@ -95,6 +100,25 @@ def _leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def _conv(dtype: torch.dtype) -> tuple:
     x, weight, bias = _leaf(2, 256, 2048, dtype=dtype), _leaf(2048, 4), _leaf(2048)
     return pk.causal_conv1d(x, weight, bias, activation="silu", impl="triton")[:1]
+
+
+def _conv_packed(dtype: torch.dtype) -> tuple:
+    x, weight, bias, state = _leaf(1, 256, 2048, dtype=dtype), _leaf(2048, 4), _leaf(2048), _leaf(4, 2048, 3)
+    options = {"cu_seqlens": torch.zeros(5, dtype=torch.int32), "activation": "silu", "impl": "triton"}
+    return pk.causal_conv1d(x, weight, bias, initial_state=state, output_final_state=True, **options)
+
+
+def _conv_documents(dtype: torch.dtype) -> tuple:
+    x, weight, bias = _leaf(2, 256, 2048, dtype=dtype), _leaf(2048, 4), _leaf(2048)
+    options = {"seq_idx": torch.zeros(2, 256, dtype=torch.int32), "activation": "silu", "impl": "triton"}
+    return pk.causal_conv1d(x, weight, bias, **options)[:1]
+
+
+def _conv_update(dtype: torch.dtype) -> tuple:
+    x, state = torch.zeros(2, 2048, 1, dtype=dtype), torch.zeros(2, 2048, 4, dtype=dtype)
+    index = torch.arange(2, dtype=torch.int32)
+    options = {"cache_seqlens": index, "conv_state_indices": index, "activation": "silu", "impl": "triton"}
+    return (causal_conv1d_state_update(x, state, torch.zeros(2048, 4), torch.zeros(2048), **options),)
 
 
 def _delta(op: Callable, size: int, dtype: torch.dtype, l2: bool = False) -> tuple:
@@ -166,13 +190,19 @@ def compile_launch(launch: Launch, case: str, target: str) -> Entry:
         source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
         compiled = triton.compile(source, target=gpu, options={**options, "enable_fp_fusion": True})
     except Exception as error:  # whatever the compiler raises is the row's result
-        return replace(
-            entry, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        )
+        return replace(entry, error=_cause(error))
     try:
         return measure(entry, launch, compiled)
     except sass.NoTimeLoop as error:
         return replace(entry, error=str(error))
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost error and its last line: outer ones quote the source."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip(" ^")]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
 
 
 def measure(entry: Entry, launch: Launch, compiled: Any) -> Entry:
@@ -195,6 +225,8 @@ def measure(entry: Entry, launch: Launch, compiled: Any) -> Entry:
     )
     if limit and smem > limit:
         entry.error = f"needs {smem} bytes of shared memory, {entry.target} has {limit}"
+    if (columns := getattr(compiled.metadata, "tmem_size", 0) or 0) > TENSOR_MEMORY:
+        entry.error = f"needs {columns} columns of tensor memory, {entry.target} has {TENSOR_MEMORY}"
     if cuda and entry.kernel in SCANS:
         states = launch.constexprs["BLOCK_C"] * launch.constexprs["BLOCK_N"]
         found = sass.per_element(launch.kernel, code, compiled.asm["ptx"], 32 * entry.warps, states)
@@ -271,6 +303,8 @@ def main() -> int:
 
         return matrix(args.kernel)
 
+    if interpreting():
+        parser.error("TRITON_INTERPRET=1 is set: kernels would be interpreted, not compiled. Unset it.")
     import triton
 
     if args.triton and triton.__version__ != args.triton:

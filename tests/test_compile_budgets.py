@@ -57,17 +57,23 @@ def test_every_configuration_keeps_its_budget(tmp_path):
     assert not broken(report), broken(report)
 
 
-def kernels_launched():
-    """Names of the kernels that the package hands to `launch`."""
+def kernels_of_the_package():
+    """Names of the `@triton.jit` functions that no other one calls."""
+    defined, called = set(), set()
     for path in sorted((ROOT / "prism_kernels").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch":
-                kernel = node.args[0]
-                yield getattr(kernel, "attr", getattr(kernel, "id", ""))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(decorator, node.decorator_list):
+                defined.add(node.name)
+                called |= {getattr(x.func, "id", "") for x in ast.walk(node) if isinstance(x, ast.Call)}
+    return defined - called
+
+
+def decorator(node):
+    return ast.unparse(node.func if isinstance(node, ast.Call) else node)
 
 
 def test_every_kernel_of_the_package_has_a_budget_and_no_other():
-    assert set(kernels_launched()) == set(ALLOWED)
+    assert kernels_of_the_package() == set(ALLOWED)
 
 
 def test_budgets_above_the_limits_of_the_house_give_a_reason():
@@ -126,6 +132,19 @@ def test_a_broken_budget_is_told_with_kernel_measured_and_allowed(row, allowed, 
 def test_another_triton_is_held_to_compiling_only():
     rows = [Entry(**(vars(ROW) | change)) for change in ({"regs": 200}, {"error": "no"})]
     assert budgets.judge(rows, BUDGET, "3.6.0") == ["some_kernel [bf16] sm_90: no"]
+
+
+def test_a_triton_that_cannot_be_had_is_a_named_failure(monkeypatch, tmp_path):
+    def pip(command, **_):
+        return subprocess.CompletedProcess(
+            command, 1, "", "WARNING: x\nERROR: No matching distribution found"
+        )
+
+    monkeypatch.setattr(compile_matrix, "SIDE", tmp_path)
+    monkeypatch.setattr(compile_matrix.subprocess, "run", pip)
+    why = compile_matrix.one("0.0.1", "")
+    assert why == "pip could not install it: ERROR: No matching distribution found"
+    assert why in compile_matrix.summary_table({"versions": {"triton": {"0.0.1": why}}, "kernels": []})
 
 
 def test_raising_needs_a_new_reason_and_lowering_none():
