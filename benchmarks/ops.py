@@ -92,7 +92,7 @@ def define_delta(state: bool, setting: Setting, product_dtype: torch.dtype | Non
 
 
 def delta_floor(state: bool, s: Sizes, e: int, backward: bool) -> Floor:
-    """Token by token: 1 + 3 x 2 operations per entry of the state to decay, read, write, ask; backward twice."""
+    """Per token 1 + 3 x 2 operations per entry of the state (decay, read, write, ask); backward twice."""
     tokens, K, V = s["B"] * s["T"] * s["H"], s["K"], s["V"]
     states = 8 * s["B"] * s["H"] * K * V if state else 0  # one in, one out; in backward their gradients
     if backward:
@@ -210,7 +210,6 @@ for name, method, cpu in (
             definition=partial(define_scan, method),
             aliases=scan_sizes,
             split="H",
-            looped=True,
             looped=True,
         ),
         run,

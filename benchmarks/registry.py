@@ -110,7 +110,7 @@ class Bench:
             in that precision.
         aliases: Sizes that follow from those in the name, for example K and V from D.
         split: Axis along which the work is independent (heads, channels); "" where there is none.
-        looped: Whether the definition is a loop over time that keeps every state, and so is run on a cut only.
+        looped: Whether the definition is a loop over time that keeps every state, and so runs on a cut.
         directions: What makes sense to time.
     """
 
