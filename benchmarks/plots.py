@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .ranking import OURS, REFERENCE, Race, floor_ms, races, ratio, sweeps
+from .ranking import EAGER, OURS, REFERENCE, Race, floor_ms, races, ratio, sweeps
 from .results import DIRECTIONS, Result, Row
 
-# Okabe and Ito's palette, told apart by colour-blind readers; markers differ too. Ours are the first two.
-OUR_STYLES = {"triton": ("#0072b2", "o"), "torch": ("#56b4e9", "s"), "torch.compile": ("#009e73", "D")}
-PEER_STYLES = (("#d55e00", "^"), ("#e69f00", "v"), ("#cc79a7", "P"), ("#8c6d00", "X"), ("#5e3c99", "*"))
-LOOP_STYLE = ("#777777", "x")
+# Okabe and Ito's palette and three more, told apart by colour-blind readers; markers differ too. A peer that
+# many ops have looks the same everywhere, others take what is left.
+OUR_STYLES = {"triton": ("#0072b2", "o"), "torch": ("#56b4e9", "s")}
+PEER_STYLES = {
+    "flash-linear-attention": ("#d55e00", "^"),
+    "transformers": ("#e69f00", "v"),
+    "torch.compile": ("#009e73", "D"),
+}
+MORE_STYLES = (("#cc79a7", "P"), ("#5e3c99", "*"), ("#8c6d00", "X"), ("#000000", "p"), ("#b2182b", "h"))
+EAGER_STYLE, REFERENCE_STYLE = ("#777777", "x"), ("#bbbbbb", "+")
 Styles = dict[str, tuple[str, str]]
 Lengths = dict[int, list[Race]]
 
@@ -32,17 +38,20 @@ class Picture:
 
 def pictures(result: Result, name: str) -> list[Picture]:
     """The figures of a result; `name` begins their file names."""
-    where, found, styles = result.environment.device_name, [], _styles(result)
+    where, found = result.environment.device_name, []
     by_op: dict[str, list[Race]] = {}
     for race in races(result.rows):
-        if race.ours and (race.peers or race.loop):
+        if race.ours and (race.peers or race.eager):
             by_op.setdefault(race.op, []).append(race)
     for op, its in by_op.items():
         caption = f"{op}: how many times faster than each peer, on {where}"
         found.append(
-            Picture(op, f"{name}_{op}_speedup.png", caption, partial(_speedup, its, styles, caption))
+            Picture(
+                op, f"{name}_{op}_speedup.png", caption, partial(_speedup, its, _styles(result, op), caption)
+            )
         )
     for (op, shape, dtype), lengths in sweeps(result.rows).items():
+        styles = _styles(result, op)
         file = f"{name}_{op}_{shape.replace('T*', 'T')}_{dtype}"
         caption = f"{op}, {shape}, {dtype}: time against T, on {where}"
         found.append(
@@ -75,7 +84,7 @@ def _speedup(its: list[Race], styles: Styles, title: str, path: Path) -> None:
 
 def _bars(race: Race) -> list[tuple[str, float]]:
     """Peer and speed-up over it, the closest peer first."""
-    others = [*race.peers, *([race.loop] if race.loop else [])]
+    others = [*race.peers, *([race.eager] if race.eager else [])]
     return [(row.provider, ratio(row, race.ours) or 0.0) for row in others]
 
 
@@ -179,19 +188,19 @@ def _rows(at: list[Race], direction: str) -> list[Row]:
     return [row for race in at if race.direction == direction for row in race.ranked]
 
 
-def _styles(result: Result) -> Styles:
-    """Colour and marker of every provider that came out right somewhere, ours first."""
-    names = sorted({row.provider for row in result.rows if row.status == "ok"})
-    peers = [n for n in names if n not in (*OURS, REFERENCE)]
-    styles = {n: OUR_STYLES[n] for n in OURS if n in names}
-    styles |= {n: PEER_STYLES[i % len(PEER_STYLES)] for i, n in enumerate(peers)}
-    return styles | ({REFERENCE: LOOP_STYLE} if REFERENCE in names else {})
+def _styles(result: Result, op: str) -> Styles:
+    """Colour and marker of every provider of an op that came out right somewhere, ours first."""
+    names = sorted({row.provider for row in result.rows if row.status == "ok" and row.op == op})
+    known = {**OUR_STYLES, **PEER_STYLES}
+    styles = {n: style for n, style in known.items() if n in names}
+    rest = [n for n in names if n not in (*known, *EAGER, REFERENCE)]
+    styles |= {n: MORE_STYLES[i % len(MORE_STYLES)] for i, n in enumerate(rest)}
+    styles |= {n: EAGER_STYLE for n in EAGER if n in names}
+    return styles | ({REFERENCE: REFERENCE_STYLE} if REFERENCE in names else {})
 
 
 def _label(provider: str) -> str:
-    if provider == REFERENCE:
-        return "eager loop over time"
-    return f"ours, {provider}" if provider in OURS else provider
+    return f"ours, {provider}" if provider in (*OURS, REFERENCE) else provider
 
 
 def _pyplot():

@@ -59,7 +59,7 @@ def demo_table(files: Files) -> str:
 
 
 def cpu_table(files: Files) -> str:
-    """README: ours against the best peer and the eager loop on a CPU, and models against published code."""
+    """README: ours against the best peer and eager PyTorch on a CPU, and models against published code."""
     parts = [compact_table(result) for result in files.of("cpu").values()]
     rows = [row for name, data in files.others.items() if data["kind"] == "published"
             for row in published_rows(name, data, replaced=bool(parts))]  # fmt: skip
@@ -90,14 +90,14 @@ def gpu_table(files: Files) -> str:
 
 
 def compact_table(result: Result) -> str:
-    """One line per op, shape and dtype: our fastest path, against the best peer and the eager loop."""
+    """One line per op, shape and dtype: our fastest path, against the best peer and eager PyTorch."""
     lines: dict[tuple[str, str, str], dict[str, Race]] = {}
     for race in races(result.rows):
         if race.ours:
             lines.setdefault((race.op, race.shape, race.dtype), {})[race.direction] = race
     head = ["op", "shape", "dtype"]
     for direction in DIRECTIONS:
-        head += [f"{direction}, ms", "over best peer", "over time loop"]
+        head += [f"{direction}, ms", "over best peer", "over eager"]
     rows = []
     for (op, shape, dtype), by_direction in lines.items():
         rows.append([f"`{op}`", shape, dtype])
@@ -107,13 +107,13 @@ def compact_table(result: Result) -> str:
 
 
 def compact_cells(race: Race | None) -> list[str]:
-    """Our time, and how many times faster that is than the best peer and than the eager loop."""
+    """Our time, and how many times faster that is than the best peer and than eager PyTorch."""
     if race is None:
         return ["", "", ""]
     best = race.peers[0] if race.peers else None
-    over_peer, over_loop = ratio(best, race.ours), ratio(race.loop, race.ours)
+    over_peer, over_eager = ratio(best, race.ours), ratio(race.eager, race.ours)
     peer = f"{number(over_peer)} ({best.provider})" if best else "no peer"
-    return [number(race.ours.ms_p50), peer, number(over_loop)]
+    return [number(race.ours.ms_p50), peer, number(over_eager)]
 
 
 def provenance(result: Result) -> str:
