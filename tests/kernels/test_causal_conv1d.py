@@ -154,6 +154,21 @@ def test_nan_in_padding_reaches_nothing(impl):
         assert torch.isfinite(value).all()
 
 
+@pytest.mark.gpu
+def test_a_captured_graph_replays_with_other_boundaries():
+    bounds = torch.tensor([0, 5, 40, 64], device="cuda", dtype=torch.int32)
+    x, weight = torch.randn(1, 64, 32, device="cuda"), torch.randn(32, 4, device="cuda")
+    options = {"cu_seqlens": bounds, "output_final_state": True, "activation": "silu"}
+    causal_conv1d(x, weight, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = causal_conv1d(x, weight, **options)
+    bounds.copy_(torch.tensor([0, 0, 1, 60]))
+    graph.replay()
+    expected = causal_conv1d(x, weight, **options)
+    assert torch.equal(got.y, expected.y) and torch.equal(got.final_state, expected.final_state)
+
+
 def test_signatures_are_those_of_the_package():
     names = list(inspect.signature(causal_conv1d_fn).parameters)
     assert names == [
