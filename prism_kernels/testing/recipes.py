@@ -5,7 +5,7 @@ looks for the smallest case that a target still gets wrong, `snippet` writes it 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -61,13 +61,14 @@ class Recipe:
     name: str = ""
     seed: int | None = None
     sizes: tuple[tuple[str, int], ...] = ()
+    made: Case | None = field(default=None, compare=False, repr=False)
 
     @property
     def random(self) -> bool:
         return self.seed is not None
 
     def case(self) -> Case:
-        return self._drawn()[0]
+        return self._drawn()[0] if self.made is None else self.made
 
     def smaller(self) -> Iterator["Recipe"]:
         """Recipes with one size reduced: to its least, half-way there, by one."""
@@ -98,7 +99,7 @@ class Recipe:
 
 def fixed(spec: OpSpec, dtype: torch.dtype, target: Target) -> list[Recipe]:
     """The cases of the catalogue that a target covers."""
-    return [Recipe(spec, dtype, c.name) for c in spec.cases(dtype) if not target.lacks(c)]
+    return [Recipe(spec, dtype, c.name, made=c) for c in spec.cases(dtype) if not target.lacks(c)]
 
 
 def drawn(spec: OpSpec, dtype: torch.dtype, target: Target, count: int, seed: int) -> list[Recipe]:
