@@ -143,7 +143,8 @@ def paths(device: str) -> list[dict[str, Any]]:
         have = (*own[0].paths, "reference")
         path = probe(partial(_chosen, name, None, device, have))
         forced = probe(partial(_chosen, name, "triton", device, have))
-        why = "kernels are for this device" if path == "triton" else str(forced)
+        refusal = str(forced).removeprefix("probe failed: ValueError: ").removeprefix(f"{name}: ")
+        why = "kernels are for this device" if path == "triton" else refusal
         why = "taken only when asked for" if path != forced == "triton" else why
         ran = probe(partial(_try, own[0], device)) if own[0].name == name else None
         rows.append({"op": name, "device": device, "path": path, "why": why, "ran": ran})
@@ -254,7 +255,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         out += [
             f"  {row['op']:<34}{row.get('device', ''):<8}{row.get('path') or '-':<10}{state.lstrip('; ')}"
         ]
-    reasons = {(r.get("device"), _without_name(r)) for r in report["paths"] if r.get("path") != "triton"}
+    reasons = {(r.get("device"), r.get("why")) for r in report["paths"] if r.get("path") != "triton"}
     out += [f"  not 'triton' on {device}: {why}" for device, why in sorted(reasons, key=str) if why]
     out += ["", "optional packages"]
     if isinstance(report["extras"], Failed):
@@ -270,15 +271,6 @@ def lines(report: dict[str, Any]) -> list[str]:
         out += [f"  {p['level']}: {p['name']}", f"    {p['reason']}", f"    remedy: {p['remedy']}"]
     because = f" ({report['because']})" if report["because"] else ""
     return [*out, "", f"verdict: {report['state']}{because}"]
-
-
-def _without_name(row: dict) -> str:
-    return (
-        str(row.get("why", ""))
-        .removeprefix("probe failed: ")
-        .removeprefix("ValueError: ")
-        .removeprefix(f"{row.get('op')}: ")
-    )
 
 
 def _shown(value: Any) -> str:
