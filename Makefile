@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/demo
 
-.PHONY: install demo test test-full lint verify compile-report clean
+.PHONY: install demo test test-full lint verify compile-report bench clean
 
 install: .venv/installed
 
@@ -31,6 +31,11 @@ verify: install
 
 compile-report: install
 	$(BIN)/python -m benchmarks.compile_report --matrix
+
+# Ours against other people's code on a CPU, then tables and figures: about five minutes on two cores.
+bench: install
+	$(BIN)/python -m benchmarks run --device cpu --threads 2 --seconds 3 --require-peer --out benchmarks/results/bench_cpu.json
+	$(BIN)/python -m benchmarks report
 
 clean:
 	rm -rf .venv .tritons build *.egg-info

@@ -16,7 +16,7 @@ PLOT = ["matplotlib>=3.8"]
 HF = ["transformers>=5.0", "safetensors>=0.4"]
 DEV = [
     "pytest>=8",
-    "pytest-benchmark>=5",
+    "pytest-benchmark>=5.1",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
     "ruff>=0.9",

@@ -1,8 +1,11 @@
 """Clocks and meters: samples, peak memory, and what the machine does at best."""
 
+import contextlib
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.autograd import DeviceType
@@ -38,21 +41,30 @@ def synchronize(device: str) -> None:
 
 def interleaved(
     calls: dict[str, Callable], seconds: float, repeats: int, device: str
-) -> dict[str, list[float]]:
+) -> dict[str, list[float] | Exception]:
     """Samples of every call, spread evenly over one stretch of time, so that drift hits all alike.
 
-    Each call warms up once and gets an equal share of `seconds`: between `LEAST` and `repeats` samples.
+    Each call warms up once and gets an equal share of `seconds`: between `LEAST` and `repeats` samples. A
+    call that raises has its exception instead, and is not called again.
     """
     share = 1e3 * seconds / len(calls)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    raised: dict[str, Exception] = {}
     turns = []
     for name, call in calls.items():
-        call()
-        count = int(min(repeats, max(LEAST, share / timed(call, device))))
-        turns += [((j + 0.5) / count, name) for j in range(count)]
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+        try:
+            call()
+            count = int(min(repeats, max(LEAST, share / timed(call, device))))
+            turns += [((j + 0.5) / count, name) for j in range(count)]
+        except Exception as error:
+            raised[name] = error
     for _, name in sorted(turns):
-        samples[name].append(timed(calls[name], device))
-    return samples
+        if name not in raised:
+            try:
+                samples[name].append(timed(calls[name], device))
+            except Exception as error:
+                raised[name] = error
+    return samples | raised
 
 
 def on_gpu(call: Callable, seconds: float, repeats: int) -> list[float]:
@@ -80,7 +92,7 @@ def peak_bytes(call: Callable, device: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -89,6 +101,20 @@ def peak_bytes(call: Callable, device: str) -> int | None:
             held += event.nbytes()
             peak = max(peak, held)
     return peak if events else None
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """The profiler's library says on stderr that it starts and stops; no Python switch stops it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def roofline(device: str, dtypes: list[torch.dtype]) -> Roofline:

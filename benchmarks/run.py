@@ -2,7 +2,7 @@
 
     python -m benchmarks run                                        # this device's shapes, everybody
     python -m benchmarks run --op 'chunk*' --shape B2_T2048_H8_D64 --direction forward
-    python -m benchmarks run --op rms_norm --shape B2_T64_D96       # any sizes, in the letters of its shapes
+    python -m benchmarks run --op rms_norm --sizes B2_T64_D96       # in the letters of the op's shapes
     python -m benchmarks run --provider torch transformers --out mine.json
     python -m benchmarks run --out mine.json --resume               # after an interruption
     python -m benchmarks run --plugin mine.py                       # a file that calls registry.register(...)
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--op", nargs="+", default=["*"], metavar="NAME", help="ops, layers and models")
     add("--shape", nargs="+", metavar="NAME", help="shapes; default: those of the device")
+    add("--sizes", nargs="+", metavar="SIZES", help="shapes of your own, spelt like the named ones")
     add("--provider", nargs="+", metavar="NAME", help="who computes; default: all but the reference")
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     add("--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
@@ -149,10 +150,13 @@ def select(args: argparse.Namespace) -> list[Group]:
         known = list(dict.fromkeys(name for bench in picked for name in bench.providers))
         chosen("provider", args.provider, known)
     shapes = {bench.name: shapes_of(bench, args) for bench in picked}
-    for pattern in args.shape or ():
-        if not any(matching(bench, pattern) for bench in picked):
-            names = [name for bench in picked for name in (*bench.cpu, *bench.shapes)]
-            raise Refusal(unknown("shape", pattern, list(dict.fromkeys(names))))
+    if args.shape:
+        names = [name for bench in picked for name in (*bench.cpu, *bench.shapes)]
+        chosen("shape", args.shape, list(dict.fromkeys(names)))
+    for sizes in args.sizes or ():
+        if not any(bench.sizes(sizes) for bench in picked):
+            examples = ", ".join(dict.fromkeys(bench.cpu[0] for bench in picked))
+            raise Refusal(f"run: --sizes {sizes!r} is spelt like no shape of these ops: {examples}.")
     dtypes = args.dtype or (["float32"] if args.device == "cpu" else ["bfloat16"])
     groups = [
         Group(
@@ -174,15 +178,11 @@ def select(args: argparse.Namespace) -> list[Group]:
 
 
 def shapes_of(bench: Bench, args: argparse.Namespace) -> list[str]:
-    if not args.shape:
+    if not args.shape and not args.sizes:
         return list(bench.cpu if args.device == "cpu" else bench.shapes)
-    return list(dict.fromkeys(name for pattern in args.shape for name in matching(bench, pattern)))
-
-
-def matching(bench: Bench, pattern: str) -> list[str]:
-    """Named shapes that match, or the sizes that the pattern spells out."""
-    named = [n for n in dict.fromkeys((*bench.cpu, *bench.shapes)) if fnmatch.fnmatchcase(n, pattern)]
-    return named or ([pattern] if bench.sizes(pattern) else [])
+    patterns, known = args.shape or (), dict.fromkeys((*bench.cpu, *bench.shapes))
+    named = [name for name in known if any(fnmatch.fnmatchcase(name, x) for x in patterns)]
+    return list(dict.fromkeys(named + [sizes for sizes in args.sizes or () if bench.sizes(sizes)]))
 
 
 def providers_of(bench: Bench, args: argparse.Namespace) -> list[Provider]:
@@ -357,17 +357,15 @@ def timed_rows(
     args: argparse.Namespace, group: Group, right: dict[str, tuple[Row, Callable]], result: Result
 ) -> Iterable[Row]:
     """Rows with their times; on a CPU all at once, one by one on a GPU."""
-    samples: dict[str, list[float]] = {}
+    samples: dict[str, list[float] | Exception] = {}
     if args.device == "cpu" and right:
-        try:
-            calls = {name: call for name, (_, call) in right.items()}
-            samples = measure.interleaved(calls, args.seconds, args.repeats, args.device)
-        except Exception as error:
-            yield from (broken(row, error, "while timing: ") for row, _ in right.values())
-            return
+        calls = {name: call for name, (_, call) in right.items()}
+        samples = measure.interleaved(calls, args.seconds, args.repeats, args.device)
     for name, (row, call) in right.items():
         try:
-            taken = samples.get(name) or measure.on_gpu(call, args.seconds, args.repeats)
+            taken = samples[name] if samples else measure.on_gpu(call, args.seconds, args.repeats)
+            if isinstance(taken, Exception):
+                raise taken
             fill(row, taken, result)
             row.peak_bytes = None if args.no_memory else measure.peak_bytes(call, args.device)
             yield row
