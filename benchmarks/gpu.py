@@ -35,6 +35,8 @@ LARGEST = 15 * 2**20  # bytes of one file
 GRACE = 20.0  # seconds between the interruption and the end
 LARGE_TESTS = "tests/kernels/test_gpu.py"  # alone on the device: they fill its memory
 WORKERS = 6  # for the others, whose time goes into compiling
+GPU_LOST = 3  # exit code of the bench when a provider broke the device's context: a new process goes on
+RESTARTS = 5
 
 
 @dataclass
@@ -156,12 +158,15 @@ class Run:
         say(f"{stage.name}: up to {stage.budget_s:.0f} s{f' ({stage.note})' if stage.note else ''}")
         start, log = time.monotonic(), self.out / stage.log
         stage.status = "stopped"  # unless it comes to an end
-        endings = []
         for command in stage.commands:
-            say("  $ " + readable(command))
-            endings.append(self.command(command, log, start + stage.budget_s))
-            stage.exit_codes.append(endings[-1][0])
-            if endings[-1][1]:
+            for _ in range(RESTARTS):
+                say("  $ " + readable(command))
+                code, stopped = self.command(command, log, start + stage.budget_s)
+                if code != GPU_LOST or stopped or "--resume" not in command:
+                    break
+                say("  the GPU was lost to that process: going on in another")
+            stage.exit_codes.append(code)
+            if stopped:
                 break
         else:
             stage.status = "failed" if any(stage.exit_codes) else "done" if stage.commands else "skipped"

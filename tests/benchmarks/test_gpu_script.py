@@ -91,6 +91,21 @@ def test_a_stage_that_runs_over_is_stopped_and_the_next_begins(tmp_path, then):
     )
 
 
+def test_a_bench_that_loses_the_gpu_goes_on_in_a_new_process(tmp_path):
+    code = f"""
+from pathlib import Path
+path = Path({str(tmp_path / "turns")!r})
+turns = int(path.read_text()) if path.exists() else 0
+path.write_text(str(turns + 1))
+raise SystemExit(3 if turns < 2 else 0)
+"""
+    stage, other = (Stage(n, 1, f"{n}.log", [python(code)]) for n in ("bench", "other"))
+    stage.commands[0].append("--resume")
+    assert run(tmp_path, 60, stage)[0] == 0 and (tmp_path / "turns").read_text() == "3"
+    (tmp_path / "turns").unlink()
+    assert run(tmp_path, 60, other)[0] == 1
+
+
 def test_what_earlier_stages_save_later_ones_may_use(tmp_path):
     quick, late = (Stage(name, 1, "a.log", [python("")]) for name in ("quick", "late"))
     _, summary = run(tmp_path, 100, quick, late)
