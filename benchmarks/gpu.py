@@ -87,10 +87,10 @@ def stages(out: Path) -> list[Stage]:
     profile = [*python, "benchmarks.profile_row", "--slowest-of", result]
     why = "; ".join(f"{path} left out: {module} is not installed" for path, module in left_out.items())
     return [
-        Stage("doctor", 2, "doctor.txt", doctor, note),
+        Stage("doctor", 5, "doctor.txt", doctor, note),
         Stage("contracts", 25, "tests.log", [contracts], why),
         Stage("tests", 10, "tests.log", [tests]),
-        Stage("benchmarks", 55, "bench.log", [bench]),
+        Stage("benchmarks", 52, "bench.log", [bench]),
         Stage("profile", 8, "profile.txt", [profile]),
     ]
 

@@ -68,11 +68,12 @@ def pictures(result: Result, name: str) -> list[Picture]:
 def _speedup(its: list[Race], styles: Styles, title: str, path: Path) -> None:
     """Horizontal bars, one per peer, grouped by shape; a panel per direction."""
     plt = _pyplot()
-    panels = [[race for race in its if race.direction == d] for d in DIRECTIONS]
+    directions = _directions(its)
+    panels = [[race for race in its if race.direction == d] for d in directions]
     lines = [[_bars(race) for race in panel] for panel in panels]
     tallest = max(sum(len(bars) + 0.8 for bars in panel) for panel in lines)
-    figure, axes = plt.subplots(1, 2, figsize=(13, 1.7 + 0.3 * tallest), layout="constrained")
-    for axis, panel, bars, direction in zip(axes, panels, lines, DIRECTIONS, strict=True):
+    figure, axes = _panels(plt, directions, 1.7 + 0.3 * tallest)
+    for axis, panel, bars, direction in zip(axes, panels, lines, directions, strict=True):
         _draw_bars(axis, panel, bars, styles)
         axis.set(title=direction, xlabel="times faster than the peer (1: as fast; log axis)")
     used = {name for panel in lines for bars in panel for name, _ in bars}
@@ -109,7 +110,7 @@ def _draw_bars(axis, panel: list[Race], lines: list[list[tuple[str, float]]], st
     axis.set_yticks(
         ticks, [f"{race.shape}\n{race.dtype}, {_label(race.ours.provider)}" for race in panel], fontsize=9
     )
-    axis.invert_yaxis()
+    axis.set_ylim(y - 0.8, -0.8)  # the first on top
 
 
 def _time(lengths: Lengths, styles: Styles, result: Result, title: str, path: Path) -> None:
@@ -148,8 +149,9 @@ def _against_length(
     below: Callable | None,
 ) -> None:
     plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharex=True, layout="constrained")
-    for axis, direction in zip(axes, DIRECTIONS, strict=True):
+    directions = _directions([race for at in lengths.values() for race in at])
+    figure, axes = _panels(plt, directions, 5.2)
+    for axis, direction in zip(axes, directions, strict=True):
         for name, (colour, marker) in styles.items():
             rows = {t: r for t, at in lengths.items() for r in _rows(at, direction) if r.provider == name}
             points = {t: value(r) for t, r in rows.items() if value(r)}
@@ -172,6 +174,18 @@ def _against_length(
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     _finish(plt, figure, axes, title, path)
+
+
+def _directions(its: list[Race]) -> list[str]:
+    return [d for d in DIRECTIONS if any(race.direction == d and race.ranked for race in its)]
+
+
+def _panels(plt, directions: list[str], height: float):
+    count = len(directions)
+    figure, axes = plt.subplots(
+        1, count, figsize=(3 + 5 * count, height), squeeze=False, layout="constrained"
+    )
+    return figure, axes[0]
 
 
 def _plain_ticks(axis) -> None:

@@ -24,10 +24,10 @@ def test_a_dry_run_prints_stages_commands_and_budgets_and_writes_nothing(tmp_pat
     done = subprocess.run([*SCRIPT, *arguments], cwd=tmp_path, env=PYTHON, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for stage, seconds in (
-        ("doctor", 20),
+        ("doctor", 50),
         ("contracts", 250),
         ("tests", 100),
-        ("benchmarks", 550),
+        ("benchmarks", 520),
         ("profile", 80),
     ):
         assert f"{stage}: {seconds} s" in done.stdout
