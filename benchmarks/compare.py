@@ -1,9 +1,9 @@
 """`python -m benchmarks compare A B`: is B slower than A, beyond noise?
 
 A and B are two result files, or two git revisions. Revisions are checked out side by side and measured in
-turns (A B A B), so that a machine that drifts, drifts for both. A row is faster or slower only if the 20 to 80 %
-quantiles do not overlap and the medians differ by more than a threshold. Exits with 1 if a row is slower or no
-longer right.
+turns (A B A B), so that a machine that drifts, drifts for both. A row is faster or slower only if the 20 to
+80 % quantiles do not overlap and the medians differ by more than a threshold. Exits with 1 if a row is slower
+or no longer right.
 """
 
 import argparse
