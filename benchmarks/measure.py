@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from .results import Roofline
 
 LEAST = 3  # samples of anything
-SLOW_MS = 500.0  # longer calls on a GPU are timed one by one
+SLOW_MS = 500.0  # longer calls are warm from their check
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 PRODUCT = {"cpu": 1024, "cuda": 8192}  # side of the matrices
 
@@ -44,8 +44,8 @@ def interleaved(
 ) -> dict[str, list[float] | Exception]:
     """Samples of every call, spread evenly over one stretch of time, so that drift hits all alike.
 
-    Each call warms up once and gets an equal share of `seconds`: between `LEAST` and `repeats` samples. A
-    call that raises has its exception instead, and is not called again.
+    Each call warms up once, a slow one in its check, and gets an equal share of `seconds`: between `LEAST`
+    and `repeats` samples. A call that raises has its exception instead, and is not called again.
     """
     share = 1e3 * seconds / len(calls)
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -53,9 +53,11 @@ def interleaved(
     turns = []
     for name, call in calls.items():
         try:
-            call()
-            count = int(min(repeats, max(LEAST, share / timed(call, device))))
-            turns += [((j + 0.5) / count, name) for j in range(count)]
+            first = timed(call, device)
+            slow = first > SLOW_MS
+            samples[name] = [first] if slow else []
+            count = int(min(repeats, max(LEAST, share / (first if slow else timed(call, device)))))
+            turns += [((j + 0.5) / count, name) for j in range(len(samples[name]), count)]
         except Exception as error:
             raised[name] = error
     for _, name in sorted(turns):

@@ -23,6 +23,7 @@ import fnmatch
 import importlib.util
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, help="CPU threads; default: torch's")
     add("--seconds", type=float, default=6.0, help="time for the samples of one group (CPU) or row (GPU)")
     add("--repeats", type=int, default=50, help="most samples of a row")
+    add("--within", type=float, metavar="SECONDS", help="start no group later; --resume measures the rest")
     add("--no-memory", action="store_true", help="leave peak memory out")
     add("--out", type=Path, default=OUT, help=f"result file, default {OUT}")
     add("--resume", action="store_true", help="keep the file's finished rows and measure the rest")
@@ -224,12 +226,15 @@ def begin(args: argparse.Namespace, groups: list[Group]) -> Result:
 def measure_all(args: argparse.Namespace, groups: list[Group], result: Result) -> None:
     """Work through the groups; those on the same inputs share their oracle."""
     done, total = result.finished(), sum(len(group.providers) for group in groups)
+    start, left = time.monotonic(), 0
     with Progress(total) as progress:
         inputs: tuple[object, Tensors] | None = None
         for group in groups:
             todo = [p for p in group.providers if group.key(p.name) not in done]
             progress.skip(len(group.providers) - len(todo))
-            if not todo:
+            if args.within and time.monotonic() - start > args.within:
+                left += len(todo)
+            if left or not todo:
                 continue
             what = (group.bench.name, group.setting.shape, group.setting.dtype)
             if inputs is None or inputs[0] != what:
@@ -237,6 +242,8 @@ def measure_all(args: argparse.Namespace, groups: list[Group], result: Result) -
                 inputs = what, {n: t.to(group.setting.device) for n, t in drawn.items()}
             measure_group(args, group, todo, inputs[1], result, progress)
             result.save(args.out)
+    if left:
+        print(f"{left} rows not reached within {args.within:g} s: the same command with --resume goes on.")
 
 
 def measure_group(

@@ -211,6 +211,13 @@ def test_a_run_without_any_peer_fails_if_asked(tmp_path, capsys):
     assert "no peer at all could run" in capsys.readouterr().err
 
 
+def test_no_group_starts_after_the_time_given(tmp_path, capsys):
+    options = ("--op", "rms_norm", "--sizes", "B2_T3_D8", "--provider", "torch")
+    assert not bench(tmp_path, *options, "--within", "1e-9").rows
+    assert "2 rows not reached" in capsys.readouterr().out
+    assert len(bench(tmp_path, *options, "--resume").rows) == 2
+
+
 def test_pure_references_are_read_from_checkouts(tmp_path, monkeypatch):
     """A stand-in for mamba's file: one function of a module that cannot be imported here."""
     from benchmarks.peers import MAMBA, function_of_file
