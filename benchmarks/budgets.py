@@ -9,7 +9,8 @@ The file has a table per kernel and case, with a line per target:
 
 A measured value may not exceed its budget. Budgets hold for the Triton that `constraints.txt` pins. Lowering
 one is a normal change: `--write` does it. A number that goes up, breaks a limit of the house (`LIMITS`), or a
-kernel that does not compile or fit (`compiles = false`) needs a reason: `--write --reason "..."`.
+kernel that does not compile or fit (`compiles = false`, or `except = [Tritons on which it does not]`) needs a
+reason: `--write --reason "..."`.
 """
 
 import argparse
@@ -65,9 +66,15 @@ def complaints(entries: Iterable["Entry"], budgets: Budgets) -> list[str]:
 
 def judge(entries: Iterable["Entry"], budgets: Budgets, version: str) -> list[str]:
     """What is wrong: any broken budget on the pinned Triton; on others, only what does not compile or fit."""
-    broken = complaints(entries := list(entries), budgets)
-    errors = {e.error for e in entries if e.error}
-    return broken if version == PINNED else [b for b in broken if b.split(": ", 1)[1] in errors]
+    if version == PINNED:
+        return complaints(entries, budgets)
+    failed = [e for e in entries if e.error]
+    known = {
+        (kernel, case, target)
+        for kernel, case, target, n in lines(budgets)
+        if not n.get("compiles", True) or version in n.get("except", ())
+    }
+    return complaints([e for e in failed if (e.kernel, e.case, e.target) not in known], budgets)
 
 
 def unexplained(budgets: Budgets) -> list[str]:
@@ -83,7 +90,8 @@ def unexplained(budgets: Budgets) -> list[str]:
 def above_limits(numbers: dict) -> list[str]:
     """Which limits of the house a budget breaks."""
     above = [f"{m} {numbers[m]} above {limit}" for m, limit in LIMITS.items() if numbers.get(m, 0) > limit]
-    return above + ([] if numbers.get("compiles", True) else ["a kernel that does not compile or fit"])
+    known = not numbers.get("compiles", True) or "except" in numbers
+    return above + (["a kernel that does not compile or fit"] if known else [])
 
 
 def raised(old: Budgets, new: Budgets) -> list[str]:
@@ -145,6 +153,8 @@ def update(budgets: Budgets, entries: Iterable["Entry"], reason: str) -> Budgets
     for kernel, cases in tight.items():
         for case, targets in cases.items():
             old = budgets.get(kernel, {}).get(case, {})
+            for target, numbers in targets.items():
+                numbers |= {k: v for k, v in old.get(target, {}).items() if k == "except"}
             higher = raised({kernel: {case: old}}, {kernel: {case: targets}})
             above = any(above_limits(numbers) for numbers in targets.values())
             if higher and not reason:

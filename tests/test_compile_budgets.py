@@ -132,6 +132,9 @@ def test_a_broken_budget_is_told_with_kernel_measured_and_allowed(row, allowed, 
 def test_another_triton_is_held_to_compiling_only():
     rows = [Entry(**(vars(ROW) | change)) for change in ({"regs": 200}, {"error": "no"})]
     assert budgets.judge(rows, BUDGET, "3.6.0") == ["some_kernel [bf16] sm_90: no"]
+    known = changed(**{"except": ["3.6.0"]})
+    assert not budgets.judge(rows, known, "3.6.0") and budgets.judge(rows, known, "3.9.0")
+    assert budgets.unexplained(known)
 
 
 def test_a_triton_that_cannot_be_had_is_a_named_failure(monkeypatch, tmp_path):
