@@ -311,7 +311,7 @@ def torch_compile(function: Callable) -> Callable:
         map(shutil.which, ("g++", "clang++", "c++"))
     ):
         raise Skip("inductor needs a C++ compiler, and none is on the path")
-    # Afresh for each group: past eight recompilations Dynamo runs the plain code. `fullgraph` makes it say so.
+    # Afresh for each group: past eight recompilations Dynamo runs plain code; `fullgraph` makes it say so.
     torch.compiler.reset()
     return torch.compile(function, dynamic=False, fullgraph=True)
 
