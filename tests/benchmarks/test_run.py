@@ -127,14 +127,19 @@ def test_what_cannot_be_selected(options, message, tmp_path, capsys):
 def test_a_wrong_provider_is_called_wrong_and_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(benches()["rms_norm"], "providers", dict(benches()["rms_norm"].providers))
     plugin = ("--plugin", str(ROOT / "tests" / "broken_provider.py"))
-    result = bench(
-        tmp_path, *plugin, "--op", "rms_norm", "--sizes", "B2_T3_D8", "--provider", "torch", "broken"
-    )
+    providers = ("--provider", "torch", "broken", "broken gradient")
+    result = bench(tmp_path, *plugin, "--op", "rms_norm", "--sizes", "B2_T3_D8", *providers)
     rows = {(row.provider, row.direction): row for row in result.rows}
-    assert rows["broken", "forward"].status == "ok"  # its outputs are right
-    wrong = rows["broken", "forward+backward"]
-    assert wrong.status == "wrong" and wrong.reason.startswith("dx is") and wrong.error_ratio > 100
-    assert wrong.ms_p50 is None and wrong.samples == 0
+    assert rows["broken gradient", "forward"].status == "ok"  # its outputs are right
+    wrong = {key: row for key, row in rows.items() if row.status == "wrong"}
+    assert set(wrong) == {
+        ("broken", "forward"),
+        ("broken", "forward+backward"),
+        ("broken gradient", "forward+backward"),
+    }
+    for row in wrong.values():
+        assert row.error_ratio > 100 and row.ms_p50 is None and row.samples == 0
+    assert wrong["broken gradient", "forward+backward"].reason.startswith("dx is")
     assert rows["torch", "forward+backward"].status == "ok"
 
 
