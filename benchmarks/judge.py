@@ -45,6 +45,7 @@ class Judge:
         oracle: Outputs and gradients in float64.
         allowed: Plain PyTorch's relative errors on the cut, largest and L2.
         entries: Entries of each tensor in the cut.
+        eps: Rounding of each tensor in the dtype that it should have.
     """
 
     bench: Bench
@@ -52,6 +53,7 @@ class Judge:
     oracle: Tensors
     allowed: dict[str, tuple[float, float]]
     entries: dict[str, int]
+    eps: dict[str, float]
 
     def values(self, run: Run, tensors: Tensors) -> Tensors:
         """What a provider makes of the inputs."""
@@ -61,7 +63,7 @@ class Judge:
         """The largest ratio, and the output or gradient that has it; infinite for NaN."""
         worst = (0.0, "")
         for name, value in got.items():
-            eps = torch.finfo(value.dtype).eps
+            eps = self.eps[name]
             largest, l2 = relative_errors(value, self.oracle[name])
             plain, plain_l2 = self.allowed[name]
             more = 1 + math.log10(value.numel() / self.entries[name])
@@ -93,7 +95,8 @@ def judge(bench: Bench, setting: Setting, tensors: Tensors, backward: bool) -> J
     entries = {n: y.numel() for n, y in oracle.items()}
     if any(part[n].shape != t.shape for n, t in tensors.items()):
         oracle = by_blocks(bench, setting, fast, double(tensors), weights)
-    return Judge(bench, weights, oracle, allowed, entries)
+    eps = {n: torch.finfo(y.dtype).eps for n, y in plain_values.items()}
+    return Judge(bench, weights, oracle, allowed, entries, eps)
 
 
 def values(bench: Bench, run: Run, tensors: Tensors, weights: Tensors | None) -> Tensors:

@@ -23,12 +23,15 @@ def check(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise ResultError(f"{path}: cannot be read as JSON ({error}).") from error
     kind = data.get("kind") if isinstance(data, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ResultError(f"{path}: kind {kind!r}, expected one of {', '.join(map(repr, KINDS))}.")
     if kind == "benchmark":
         load(path)
         return kind
-    problems = KINDS[kind](data)
+    try:
+        problems = KINDS[kind](data)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ResultError(f"{path}: not what a file of kind {kind!r} holds: {error}.") from error
     if not str(data.get("command", "")).startswith("python -m "):
         problems.append("no command that makes it")
     if problems:

@@ -9,6 +9,7 @@ from .results import Roofline, Row
 OURS = ("triton", "torch")
 REFERENCE = "reference"  # the definition: ours, and not meant to be fast
 EAGER = ("eager time loop", "eager")  # what one writes without an op
+INDUCTOR = "torch.compile"  # of eager code
 
 
 @dataclass

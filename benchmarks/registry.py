@@ -10,6 +10,7 @@ A factory runs once per shape and dtype, before anything is timed, and raises `S
 cannot run.
 """
 
+import difflib
 import importlib
 import re
 from collections.abc import Callable
@@ -174,7 +175,14 @@ def add(bench: Bench) -> Bench:
 def register(
     bench: str, provider: str, factory: Factory, *, ours: bool = False, default: bool = True
 ) -> None:
-    """Enter a provider of a bench. A later one of the same name takes its place."""
+    """Enter a provider of a bench. A later one of the same name takes its place.
+
+    Raises:
+        ValueError: There is no such bench; the message has the nearest names.
+    """
+    if bench not in _benches:
+        near = difflib.get_close_matches(bench, list(_benches), 3, 0.4) or list(_benches)
+        raise ValueError(f"register: no op {bench!r}. Did you mean {' or '.join(near)}?")
     _benches[bench].providers[provider] = Provider(provider, factory, ours, default)
 
 

@@ -142,7 +142,8 @@ def load(path: Path) -> Result:
         )
     except (KeyError, TypeError) as error:
         raise ResultError(f"{path}: a field is missing or unknown: {error}.") from error
-    problems = [p for part in (result.environment, *result.rows) for p in problems_of(part)]
+    parts = (result, result.environment, result.roofline, *result.rows)
+    problems = [p for part in parts for p in problems_of(part)]
     keys = [row.key for row in result.rows]
     problems += [f"twice: {' '.join(key)}" for key in sorted(set(keys)) if keys.count(key) > 1]
     if problems:
@@ -150,27 +151,34 @@ def load(path: Path) -> Result:
     return result
 
 
-def problems_of(part: Environment | Row) -> list[str]:
+def problems_of(part: Result | Environment | Roofline | Row) -> list[str]:
     """What is wrong with one part of a file, in words."""
     problems = []
     for f in fields(part):
         value = getattr(part, f.name)
-        expected = dict if get_origin(f.type) is dict else f.type
+        expected = get_origin(f.type) if get_origin(f.type) in (dict, list) else f.type
         if not isinstance(value, expected):
             problems.append(f"{f.name} is {value!r}")
-    if isinstance(part, Environment):
+    if isinstance(part, Roofline) and not problems:
+        rates = {"copy": part.copy_gb_s, **part.tflop_s}
+        problems += [f"roofline: {n} at {x!r}" for n, x in rates.items() if not _is_rate(x)]
+    if not isinstance(part, Row) or problems:
         return problems
     name = " ".join(part.key)
     if part.direction not in DIRECTIONS or part.status not in STATUSES:
         problems.append(f"{name}: direction {part.direction!r}, status {part.status!r}")
     times = (part.ms_p20, part.ms_p50, part.ms_p80)
     if part.status == "ok":
-        measured = all(isinstance(t, float) and math.isfinite(t) and t > 0 for t in times)
+        measured = all(_is_rate(t) for t in (*times, part.gb_s)) and math.isfinite(part.error_ratio or 0.0)
         if not measured or not part.samples or part.error_ratio is None or sorted(times) != list(times):
-            problems.append(f"{name}: ok without three ordered quantiles, samples and an error")
+            problems.append(f"{name}: ok without three ordered quantiles, samples, a rate and an error")
     elif not part.reason:
         problems.append(f"{name}: {part.status} without a reason")
     return problems
+
+
+def _is_rate(x: object) -> bool:
+    return isinstance(x, float) and math.isfinite(x) and x > 0
 
 
 def environment(device: str, peers: dict[str, str]) -> Environment:

@@ -18,6 +18,7 @@ Exits with 0; with 1 if one of our own paths was wrong, failed or returned NaN, 
 """
 
 import argparse
+import contextlib
 import difflib
 import fnmatch
 import importlib.util
@@ -36,7 +37,7 @@ from prism_kernels.testing.budgets import cotangents, differentiable
 from . import measure
 from .judge import Judge, judge, limit_of, not_finite
 from .progress import Progress
-from .ranking import OURS, REFERENCE
+from .ranking import EAGER, INDUCTOR, OURS, REFERENCE, floor_ms
 from .registry import Adapter, Bench, Provider, Setting, Skip, Tensors, benches
 from .results import DIRECTIONS, Key, Result, ResultError, Row, environment, load
 
@@ -120,7 +121,10 @@ def load_plugin(path: Path) -> None:
     if spec is None or spec.loader is None or not path.is_file():
         raise Refusal(f"run: --plugin {path} is not a Python file.")
     benches()
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as error:  # it is the user's code: say what it said
+        raise Refusal(f"run: --plugin {path}: {type(error).__name__}: {error}") from error
 
 
 def chosen(what: str, patterns: Iterable[str], names: list[str]) -> list[str]:
@@ -204,15 +208,22 @@ def begin(args: argparse.Namespace, groups: list[Group]) -> Result:
     from .peers import installed
 
     here = environment(args.device, installed())
+    dtypes = list(dict.fromkeys(group.setting.dtype for group in groups))
     if args.resume and args.out.exists():
         result = load(args.out)
         there = result.environment
-        names = [n for n in ("device_name", "commit", "threads") if getattr(here, n) != getattr(there, n)]
+        same = ("device_name", "driver", "commit", "dirty", "threads", "torch", "triton")
+        names = [n for n in same if getattr(here, n) != getattr(there, n)]
         if names and not args.force:
             what = "; ".join(f"{n} {getattr(there, n)!r}, here {getattr(here, n)!r}" for n in names)
             raise Refusal(f"run: {args.out} comes from elsewhere ({what}). --force goes on with it still.")
+        # Who was missing may have come since.
+        asked = {group.key(p.name) for group in groups for p in group.providers}
+        result.rows = [row for row in result.rows if row.status != "skipped" or row.key not in asked]
+        there.peers = here.peers
+        if new := [x for x in dtypes if str(x).removeprefix("torch.") not in result.roofline.tflop_s]:
+            result.roofline.tflop_s |= measure.roofline(args.device, new).tflop_s
         return result
-    dtypes = list(dict.fromkeys(group.setting.dtype for group in groups))
     result = Result(
         command=f"python -m benchmarks {shlex.join(sys.argv[1:])}",
         started=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -237,13 +248,32 @@ def measure_all(args: argparse.Namespace, groups: list[Group], result: Result) -
             if left or not todo:
                 continue
             what = (group.bench.name, group.setting.shape, group.setting.dtype)
-            if inputs is None or inputs[0] != what:
-                drawn = group.bench.draw(group.setting)
-                inputs = what, {n: t.to(group.setting.device) for n, t in drawn.items()}
+            try:
+                if inputs is None or inputs[0] != what:
+                    inputs = None
+                    drawn = group.bench.draw(group.setting)
+                    inputs = what, {n: t.to(group.setting.device) for n, t in drawn.items()}
+            except Exception as error:
+                for provider in todo:
+                    row = Row(*group.key(provider.name), status="failed")
+                    finish(args, broken(row, error, "the inputs: "), result, progress)
+                continue
             measure_group(args, group, todo, inputs[1], result, progress)
-            result.save(args.out)
     if left:
         print(f"{left} rows not reached within {args.within:g} s: the same command with --resume goes on.")
+
+
+def finish(args: argparse.Namespace, row: Row, result: Result, progress: Progress) -> None:
+    """Keep a row, in the file before on the screen.
+
+    Raises:
+        DeviceLost: The GPU does not answer any more.
+    """
+    result.rows.append(row)
+    result.save(args.out)
+    progress.row(row)
+    if args.device == "cuda" and row.status in ("failed", "not finite", "wrong"):
+        check_device(row)
 
 
 def measure_group(
@@ -255,20 +285,12 @@ def measure_group(
     progress: Progress,
 ) -> None:
     """Check every provider, then time those that are right."""
-
-    def finish(row: Row) -> None:
-        result.rows.append(row)
-        progress.row(row)
-        if args.device == "cuda" and row.status in ("failed", "not finite", "wrong"):
-            result.save(args.out)
-            check_device(row)
-
     backward = group.direction != "forward"
     adapters: dict[str, Adapter] = {}
     for provider in todo:
         row, adapter = open_row(group, provider)
         if adapter is None:
-            finish(row)
+            finish(args, row, result, progress)
         else:
             adapters[provider.name] = adapter
     if not adapters:
@@ -277,7 +299,7 @@ def measure_group(
         held_to = judge(group.bench, group.setting, tensors, backward)
     except Exception as error:  # whatever it is, it is the finding of these rows
         for provider in (p for p in todo if p.name in adapters):
-            finish(broken(new_row(group, provider), error, "the oracle: "))
+            finish(args, broken(new_row(group, provider), error, "the oracle: "), result, progress)
         return
     right: dict[str, tuple[Row, Callable]] = {}
     for provider in (p for p in todo if p.name in adapters):
@@ -289,10 +311,10 @@ def measure_group(
                 continue
         except Exception as error:
             row = broken(row, error)
-        finish(row)
+        finish(args, row, result, progress)
     del held_to
     for row in timed_rows(args, group, right, result):
-        finish(row)
+        finish(args, row, result, progress)
 
 
 def open_row(group: Group, provider: Provider) -> tuple[Row, Adapter | None]:
@@ -323,14 +345,19 @@ def broken(row: Row, error: Exception, where: str = "") -> Row:
     row.status = "out of memory" if memory else "failed"
     row.reason = f"{where}{type(error).__name__}: {message}"[:300]
     row.error_ratio, row.error_in = None, ""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    with contextlib.suppress(RuntimeError):  # a GPU that is lost raises here too
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return row
 
 
 def check(row: Row, provider: Provider, adapter: Adapter, held_to: Judge, tensors: Tensors) -> None:
-    """Compare a provider's results with the oracle's."""
-    got = held_to.values(adapter, tensors)
+    """Compare a provider's results with the oracle's, on inputs of its own."""
+    own = {n: t.clone() for n, t in tensors.items()}
+    got = held_to.values(adapter, own)
+    if written := [n for n, t in tensors.items() if not torch.equal(own[n], t)]:
+        row.status, row.reason = "wrong", f"writes to its inputs: {', '.join(written)}"
+        return
     if name := not_finite(got):
         row.status, row.reason = "not finite", f"NaN or infinity in {name}"
         return
@@ -386,11 +413,8 @@ def fill(row: Row, samples: list[float], result: Result) -> None:
     row.samples = len(samples)
     row.gb_s = row.floor_bytes / row.ms_p50 / 1e6
     row.tflop_s = row.floor_flops / row.ms_p50 / 1e9
-    peak = result.roofline.tflop_s.get(row.dtype)
-    floor = max(
-        row.floor_bytes / result.roofline.copy_gb_s / 1e6, row.floor_flops / peak / 1e9 if peak else 0.0
-    )
-    row.roofline_percent = 100 * floor / row.ms_p50
+    floor = floor_ms(row, result.roofline)
+    row.roofline_percent = 100 * floor / row.ms_p50 if floor else None
 
 
 def check_device(row: Row) -> None:
@@ -410,7 +434,7 @@ def verdict(groups: list[Group], result: Result, require_peer: bool) -> int:
     for row in bad:
         print(f"ours, {row.status}: {' '.join(row.key)}: {row.reason}", file=sys.stderr)
     if require_peer and not any(
-        row.status == "ok" and row.provider not in (*OURS, REFERENCE) for row in rows
+        row.status == "ok" and row.provider not in (*OURS, REFERENCE, *EAGER, INDUCTOR) for row in rows
     ):
         print("no peer at all could run: nothing was compared.", file=sys.stderr)
         return 1

@@ -36,7 +36,7 @@ def locate(cu_ptr, i_b, o_r, T, S, STEPS, WIDTH: tl.constexpr, PACKED: tl.conste
 def document_of(ids_ptr, o_p, T, HAS_IDS: tl.constexpr):
     """Document of the tokens at o_p, negative outside any; 0 where documents are not marked."""
     if HAS_IDS:
-        return tl.load(ids_ptr + o_p, mask=(o_p >= 0) & (o_p < T), other=-1).to(tl.int32)
+        return tl.load(ids_ptr + o_p, mask=(o_p >= 0) & (o_p < T), other=-1)
     else:
         return tl.zeros_like(o_p)
 

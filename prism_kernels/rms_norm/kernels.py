@@ -99,7 +99,7 @@ def rms_norm_bwd_kernel(
     """
     i_program, programs = tl.program_id(0), tl.num_programs(0)
     b_dweight = tl.zeros([BLOCK_R, BLOCK_D], dtype=ACC)
-    for i_block in range(i_program, tl.cdiv(rows, BLOCK_R), programs):
+    for i_block in range(i_program, (rows - 1) // BLOCK_R + 1, programs):
         o_r = i_block * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
         m_r, p_r = (o_r < rows)[:, None], o_r[:, None]
         p_dy = row_offsets(p_r, inner, stride_yo, stride_yi)

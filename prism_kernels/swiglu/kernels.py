@@ -9,7 +9,7 @@ from .._core.tl_math import narrow
 @triton.jit
 def tile(rows, F, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
     """Rows [BLOCK_R, 1] and columns [1, BLOCK_F] of this program in 64 bits, and their mask."""
-    i_tile, columns = tl.program_id(0), tl.cdiv(F, BLOCK_F)
+    i_tile, columns = tl.program_id(0), (F - 1) // BLOCK_F + 1  # tl.cdiv overflows just below 2^31
     o_r = ((i_tile // columns).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     o_f = ((i_tile % columns).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
     return o_r, o_f, (o_r < rows) & (o_f < F)

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 ROWS = 64  # fewer rows do not repay the detour
 
@@ -45,10 +44,10 @@ class OneDNN(torch.autograd.Function):
         return product(x, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
+        product = OneDNN.apply  # so that a gradient can be differentiated again
         dx = product(dy, weight.T) if needs_x else None
         if not needs_weight:
             return dx, None

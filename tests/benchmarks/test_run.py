@@ -143,6 +143,32 @@ def test_a_wrong_provider_is_called_wrong_and_not_timed(tmp_path, monkeypatch):
     assert rows["torch", "forward+backward"].status == "ok"
 
 
+def test_a_narrower_result_and_a_written_input_are_wrong(tmp_path, provider):
+    def rms(t):
+        return torch.nn.functional.rms_norm(t["x"], t["x"].shape[-1:], t["weight"], 1e-6)
+
+    provider("narrow", lambda t: {"y": (rms(t) * 1.02).bfloat16()})
+    provider("writes", lambda t: {"y": rms({**t, "x": t["x"].add_(1) - 1})})
+    options = ("--op", "rms_norm", "--sizes", "B2_T3_D8", "--direction", "forward")
+    result = bench(tmp_path, *options, "--provider", "writes", "narrow", "torch")
+    rows = {row.provider: row for row in result.rows}
+    assert rows["torch"].status == "ok"  # its inputs are what they were
+    assert rows["narrow"].status == "wrong" and rows["narrow"].error_ratio > 100
+    assert rows["writes"].status == "wrong" and rows["writes"].reason == "writes to its inputs: x"
+
+
+def test_inputs_that_cannot_be_drawn_are_rows(tmp_path):
+    options = ("--op", "GatedDelta", "rms_norm", "--sizes", "B2_T4_D7_H2", "B2_T3_D8", "--provider", "torch")
+    result = bench(tmp_path, *options, status=1)
+    assert {(row.op, row.status) for row in result.rows} == {("GatedDelta", "failed"), ("rms_norm", "ok")}
+
+
+def test_an_eager_loop_is_no_peer(tmp_path, capsys):
+    options = ("--op", "rms_norm", "--sizes", "B2_T3_D8", "--provider", "torch", "eager", "--require-peer")
+    bench(tmp_path, *options, status=1)
+    assert "no peer at all" in capsys.readouterr().err
+
+
 def test_our_own_wrong_path_fails_the_run(tmp_path, monkeypatch, capsys):
     known = benches()["rms_norm"]
     ours = replace(known.providers["torch"], factory=lambda setting: lambda t: {"y": t["x"] * 1.001})

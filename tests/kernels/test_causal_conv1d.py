@@ -283,3 +283,16 @@ def test_bad_calls_are_refused_with_advice(name):
     error, pattern, call = BAD_CALLS[name]
     with pytest.raises(error, match=f"causal_conv1d_(fn|update): expected .*{pattern}"):
         call()
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_documents_keep_apart_however_large_their_names(impl):
+    x, weight = torch.randn(1, 8, 16), torch.randn(16, 4)
+    for ids in ([0] * 4 + [2**32] * 4, [2**31] * 4 + [2**31 + 1] * 4):
+        plain = causal_conv1d(x, weight, seq_idx=torch.tensor([[0] * 4 + [1] * 4]), impl=impl).y
+        torch.testing.assert_close(causal_conv1d(x, weight, seq_idx=torch.tensor([ids]), impl=impl).y, plain)
+
+
+def test_more_rows_than_a_launch_has_are_refused():
+    with pytest.raises(NotImplementedError, match="more than 65535 rows"):
+        causal_conv1d(torch.zeros(65536, 1, 2), torch.zeros(2, 4), impl="triton")

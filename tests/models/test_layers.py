@@ -219,3 +219,14 @@ def test_linear_by_onednn_gives_what_linear_gives(monkeypatch):
         close(layer(x), results[0][0].detach())
     layer.weight.requires_grad_(False)
     close(torch.autograd.grad(layer(x), x, dy)[0], results[0][1])
+
+
+def test_gradients_of_a_wide_linear_layer_can_be_differentiated_again():
+    layer, x = Linear(8, 16), torch.randn(128, 8, requires_grad=True)
+
+    def twice(forward):
+        loss = forward(x).square().sum()
+        (g,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(loss + g.square().sum(), layer.weight)[0]
+
+    torch.testing.assert_close(twice(layer), twice(lambda x: nn.functional.linear(x, layer.weight)))
