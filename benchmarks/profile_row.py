@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from .ranking import OURS
-from .registry import benches
+from .registry import Adapter, benches
 from .results import Key, ResultError, Row, load
+from .run import call_of as timed_call
 
 WARM_UP = 3
 NCU = ["--clock-control", "none", "--profile-from-start", "off", "--set", "full", "--launch-count", "40"]
@@ -32,27 +33,15 @@ def slowest(rows: list[Row]) -> Row | None:
 
 
 def call_of(key: Key, device: str) -> Callable[[], object]:
-    """The call that the bench would time."""
+    """The call that the bench times."""
     op, shape, dtype, direction, provider = key
+    if op not in benches() or provider not in benches()[op].providers:
+        raise SystemExit(f"profile_row: no {op!r} by {provider!r}. `python -m benchmarks list` prints all.")
     bench = benches()[op]
     setting = bench.setting(shape, getattr(torch, dtype), device)
-    adapter = bench.providers[provider].factory(setting)
-    backward = direction != "forward"
-    tensors = {
-        n: t.to(device).requires_grad_(backward and (t.is_floating_point() or t.is_complex()))
-        for n, t in bench.draw(setting).items()
-    }
-    leaves = [t for t in tensors.values() if t.requires_grad]
-
-    def forward() -> object:
-        with torch.no_grad():
-            return adapter(tensors)
-
-    def forward_backward() -> object:
-        outputs = [y for y in adapter(tensors).values() if y.requires_grad]
-        return torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)
-
-    return forward_backward if backward else forward
+    made = bench.providers[provider].factory(setting)
+    tensors = {n: t.to(device) for n, t in bench.draw(setting).items()}
+    return timed_call(made if isinstance(made, Adapter) else Adapter(made), tensors, direction != "forward")
 
 
 def by_torch(call: Callable[[], object], device: str) -> str:

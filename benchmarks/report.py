@@ -61,26 +61,22 @@ def demo_table(files: Files) -> str:
 def cpu_table(files: Files) -> str:
     """README: ours against the best peer and eager PyTorch on a CPU, and models against published code."""
     parts = [compact_table(result) for result in files.of("cpu").values()]
-    rows = [row for name, data in files.others.items() if data["kind"] == "published"
-            for row in published_rows(name, data, replaced=bool(parts))]  # fmt: skip
+    published = [data for data in files.others.values() if data["kind"] == "published"]
+    rows = [row for data in published for row in published_rows(data)]
     if rows:
         parts.append(table(["what", "against", "ratio", "command"], rows, text=(0, 1, 3)))
     return "\n\n".join(parts)
 
 
-def published_rows(name: str, data: dict, replaced: bool) -> list[list[str]]:
-    """Rows of a measurement against published code; the delta rule's end when the bench has its own."""
+def published_rows(data: dict) -> list[list[str]]:
+    """Rows of a training step against published code."""
     command = f"`{data['command'].split(' --')[0]}`"
-    if name.startswith("signal_model"):
-        what = "a training step of the default model, {} {}"
-        names = [what.format(r["case"], " x ".join(map(str, r["shape"]))) for r in data["rows"]]
-        ratios = [f"{r['ratio']:.1f}" for r in data["rows"]]
-        return [[n, "the published code", r, command] for n, r in zip(names, ratios, strict=True)]
-    if replaced:
-        return []
-    what = "`chunk_gated_delta_rule`, {}, B2 T2048 H8 K=V=64"
-    peer = "transformers' PyTorch fallback"
-    return [[what.format(r["name"]), peer, f"{r['ratio']:.1f}", command] for r in data["rows"]]
+    what = "a training step of the default model, {} {}"
+    names = [what.format(r["case"], " x ".join(map(str, r["shape"]))) for r in data["rows"]]
+    return [
+        [name, "the published code", f"{row['ratio']:.1f}", command]
+        for name, row in zip(names, data["rows"], strict=True)
+    ]
 
 
 def gpu_table(files: Files) -> str:
