@@ -5,9 +5,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch.autograd import DeviceType
+
+from prism_models.layers.linear import Linear
 
 from .results import Roofline
 
@@ -119,7 +122,10 @@ def silent_stderr() -> Iterator[None]:
 
 
 def roofline(device: str, dtypes: list[torch.dtype]) -> Roofline:
-    """The fastest of several large copies, and of several matrix products per dtype."""
+    """The fastest of several large copies, and of several matrix products per dtype.
+
+    On a CPU a product is PyTorch's or that of our linear layer, which may be another library's.
+    """
     n = COPY_BYTES[device]
     source, target = (torch.ones(n // 4, device=device) for _ in range(2))
     copy = _best(lambda: target.copy_(source), device)
@@ -127,7 +133,9 @@ def roofline(device: str, dtypes: list[torch.dtype]) -> Roofline:
     for dtype in dtypes:
         side = PRODUCT[device]
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / _best(lambda a=a, b=b: a @ b, device) / 1e9
+        layer = Linear(side, side).to(device, dtype).requires_grad_(False)
+        fastest = min(_best(call, device) for call in (partial(torch.matmul, a, b), partial(layer, a)))
+        rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / fastest / 1e9
     return Roofline(copy_gb_s=2 * n / copy / 1e6, tflop_s=rates)
 
 
