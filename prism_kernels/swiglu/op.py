@@ -42,35 +42,26 @@ def _launch(kernel: Any, *tensors: Tensor) -> None:
     launch(kernel, grid, *views, rows, F, *strides, **blocks, ACC=acc, num_warps=WARPS)
 
 
-def _launch_fwd(gate: Tensor, up: Tensor | None) -> Tensor:
+def _launch_fwd(gate: Tensor, up: Tensor) -> Tensor:
     from .kernels import swiglu_fwd_kernel
 
-    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
         _launch(swiglu_fwd_kernel, y, gate, up)
     return y
 
 
-def _launch_bwd(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+def _launch_bwd(dgate: Tensor, dup: Tensor, dy: Tensor, gate: Tensor, up: Tensor) -> None:
     from .kernels import swiglu_bwd_kernel
 
-    if up is None:
-        dx = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        dgate, dup = dx.chunk(2, -1)
-        gate, up = gate.chunk(2, -1)
-        returned = dx, dx.new_empty(0)
-    else:
-        dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
-        returned = dgate, dup
     if gate.numel():
         _launch(swiglu_bwd_kernel, dgate, dup, dy, gate, up)
-    return returned
 
 
 @torch.library.custom_op("prism_kernels::swiglu_fwd", mutates_args=())
 def swiglu_fwd(gate: Tensor, up: Tensor | None, impl: str) -> Tensor:
     """silu(gate) * up."""
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     with without_autocast(gate.device):
         return (_launch_fwd if impl == "triton" else torch_impl.forward)(gate, up)
 
@@ -83,8 +74,12 @@ def _(gate, up, impl):
 @torch.library.custom_op("prism_kernels::swiglu_bwd", mutates_args=())
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up (empty without `up`)."""
+    dgate, dup = (gate.new_empty((0,) if t is None else t.shape) for t in (gate, up))
+    of_gate, of_up = dgate.chunk(2, -1) if up is None else (dgate, dup)
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     with without_autocast(gate.device):
-        return (_launch_bwd if impl == "triton" else torch_impl.backward)(dy, gate, up)
+        (_launch_bwd if impl == "triton" else torch_impl.backward)(of_gate, of_up, dy, gate, up)
+    return dgate, dup
 
 
 @swiglu_bwd.register_fake

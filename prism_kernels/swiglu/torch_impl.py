@@ -7,23 +7,14 @@ from torch.nn import functional as F
 from .._core.runtime import accumulate_dtype
 
 
-def forward(gate: Tensor, up: Tensor | None) -> Tensor:
-    """silu(gate) * up in gate's dtype; without `up`, of the two halves of gate."""
+def forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in gate's dtype."""
     wide = accumulate_dtype(gate.dtype)
-    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     return F.silu(gate.to(wide)).mul_(up.to(wide)).to(gate.dtype).contiguous()
 
 
-def backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up; without `up`, of the whole of gate, and an empty tensor."""
-    if up is None:
-        dx = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        dgate, dup = dx.chunk(2, -1)
-        gate, up = gate.chunk(2, -1)
-        returned = dx, dx.new_empty(0)
-    else:
-        dgate, dup = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
-        returned = dgate, dup
+def backward(dgate: Tensor, dup: Tensor, dy: Tensor, gate: Tensor, up: Tensor) -> None:
+    """Write the gradients of gate and up."""
     z = gate.to(accumulate_dtype(gate.dtype))
     dy = dy.to(z.dtype)
     torch.mul(F.silu(z), dy, out=dup)
@@ -31,4 +22,3 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tenso
         torch.ops.aten.silu_backward.grad_input(dy * up, z, grad_input=dgate)
     else:
         dgate.copy_(torch.ops.aten.silu_backward(dy * up, z))
-    return returned

@@ -147,11 +147,8 @@ def test_a_failing_run_and_an_unknown_revision_leave_nothing_behind(repository):
     with pytest.raises(compare.Refusal, match=r"HEAD measured nothing \(exit code 3\)"):
         compare.measure(("HEAD~1", "HEAD"), "", 1, folder)
     assert not (folder / ".git" / "worktrees").exists()
-    with (
-        pytest.raises(compare.Refusal, match="git worktree failed"),
-        compare.worktrees(("HEAD", "gone"), folder),
-    ):
-        pass
+    with pytest.raises(compare.Refusal, match="git worktree failed"):
+        compare.worktrees(("HEAD", "gone"), folder).__enter__()
     assert not (folder / ".git" / "worktrees").exists()
 
 

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.__main__ import main
+from benchmarks.progress import Progress
 from benchmarks.registry import Adapter, Bench, Skip, benches
 from benchmarks.results import DIRECTIONS, ResultError, load
 
@@ -267,6 +268,18 @@ def test_pure_references_are_read_from_checkouts(tmp_path, monkeypatch):
 
 RESUMED = ["--op", "rms_norm", "swiglu", "causal_conv1d", "--sizes", "B2_T3_D8", "B2_T3_F8", "B2_T6_D8_W4",
            "--provider", "torch", "reference", "--no-memory", "--threads", "1"]  # fmt: skip
+
+
+def test_a_row_is_in_the_file_before_it_is_on_the_screen(tmp_path, monkeypatch):
+    shown = []
+
+    def look(self, row):
+        assert row.key in load(tmp_path / "out.json").finished()
+        shown.append(row.key)
+
+    monkeypatch.setattr(Progress, "row", look)
+    options = ("--op", "rms_norm", "--sizes", "B2_T3_D8", "--provider", "triton", "torch", "eager")
+    assert [row.key for row in bench(tmp_path, *options).rows] == shown and len(shown) == 6
 
 
 def test_sigkill_loses_no_finished_row(tmp_path):
