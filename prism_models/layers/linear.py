@@ -47,12 +47,12 @@ class OneDNN(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
-        product = OneDNN.apply  # so that a gradient can be differentiated again
-        dx = product(dy, weight.T) if needs_x else None
+        again = OneDNN.apply  # so that a gradient can be differentiated again
+        dx = again(dy, weight.T) if needs_x else None
         if not needs_weight:
             return dx, None
         # oneDNN copies a first factor that is not contiguous: let that be the smaller one.
-        return dx, product(dy.T, x.T) if dy.shape[1] <= x.shape[1] else product(x.T, dy.T).T
+        return dx, again(dy.T, x.T) if dy.shape[1] <= x.shape[1] else again(x.T, dy.T).T
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
