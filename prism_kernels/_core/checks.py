@@ -91,9 +91,14 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, B: int) -> None:
         fail(op, "packed inputs of batch size 1 with `cu_seqlens`", f"batch size {B}", advice)
 
 
+def debugging() -> bool:
+    """Whether PRISM_CHECK=1 asks for every check, those that cost a pass over the data too."""
+    return os.environ.get("PRISM_CHECK", "0") == "1"
+
+
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether checks that read data run: always on the CPU, elsewhere under PRISM_CHECK=1."""
-    return tensor.device.type == "cpu" or os.environ.get("PRISM_CHECK", "0") == "1"
+    return tensor.device.type == "cpu" or debugging()
 
 
 def check_cu_seqlens_values(op: str, cu_seqlens: Tensor, T: int) -> None:

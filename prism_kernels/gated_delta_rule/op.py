@@ -2,8 +2,12 @@
 
 Every path other than the reference is one node to autograd, torch.compile and export. A forward op returns
 (o, final_state) and four residuals, empty where the path or an inference call has no use for them.
+
+Ops take g and beta as the caller gave them, raw or not, and states in the caller's layout. Each op makes them
+what the paths compute with first (`gates.effective`, `inner_state`), and goes back at its end (`outer_*`).
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -12,24 +16,65 @@ from torch import Tensor
 from .._core import checks
 from .._core.autograd import first_order_only
 from .._core.runtime import accumulate_dtype, without_autocast
-from . import torch_impl
+from . import gates, torch_impl
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def check_values(op: str, g: Tensor, cu_seqlens: Tensor | None, T: int) -> None:
+def check_values(
+    op: str,
+    k: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    l2norm: bool,
+    beta_top: int,
+) -> None:
     """Checks that read data; see `checks.values_are_checked`."""
-    checks.check_not_positive(op, "g", g, "It is the natural logarithm of the decay: `g = alpha.log()`.")
     if cu_seqlens is not None:
-        checks.check_cu_seqlens_values(op, cu_seqlens, T)
+        checks.check_cu_seqlens_values(op, cu_seqlens, k.shape[1])
+    if A_log is None:
+        checks.check_not_positive(op, "g", g, "It is the natural logarithm of the decay: `g = alpha.log()`.")
+    else:
+        rate = A_log.detach().to(accumulate_dtype(k.dtype)).exp()
+        for name, x in (("exp(A_log)", rate), ("dt_bias", dt_bias)):
+            if x is not None and x.isinf().any():
+                checks.fail(op, f"a finite `{name}`", "an infinite one", "Is it what was trained?")
+    if checks.debugging():
+        warn_of_growth(op, k, gates.strength(beta, beta_top, accumulate_dtype(k.dtype)), cu_seqlens, l2norm)
 
 
-def state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    """[B or S, HV, K, V]."""
+def warn_of_growth(op: str, k: Tensor, beta: Tensor, cu_seqlens: Tensor | None, l2norm: bool) -> None:
+    """Warn if beta |k|^2 passes 2, beyond which writes overshoot and the state grows from token to token."""
+    T = k.shape[1] if cu_seqlens is None else int(cu_seqlens[-1])
+    squares = k[:, :T].detach().to(beta.dtype).square().sum(-1)
+    squares = squares / (squares + torch_impl.NORM_EPS) if l2norm else squares
+    step = beta[:, :T].detach() * squares.repeat_interleave(beta.shape[2] // k.shape[2], 2)
+    largest = step.nan_to_num(0.0).amax().item() if T else 0.0
+    if largest > 2 + 16 * torch.finfo(k.dtype).eps:  # unit keys, rounded
+        advice = "The state grows without bound. Pass keys of length 1, or use_qk_l2norm_in_kernel=True."
+        message = f"{op}: expected beta |k|^2 <= 2, got a largest value of {largest:.6g}. {advice}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, v_first: bool = False) -> tuple[int, ...]:
+    """[B or S, HV, K, V], or [B or S, HV, V, K]."""
     S = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (S, v.shape[2], q.shape[3], v.shape[3])
+    return (S, v.shape[2], *((v.shape[3], q.shape[3]) if v_first else (q.shape[3], v.shape[3])))
+
+
+def inner_state(state: Tensor | None, v_first: bool) -> Tensor | None:
+    """Keys before values; a view."""
+    return state.mT if v_first and state is not None else state
+
+
+def outer_state(state: Tensor, v_first: bool) -> Tensor:
+    """The layout that the caller asked for; contiguous and fresh."""
+    return state.mT.clone(memory_format=torch.contiguous_format) if v_first else state
 
 
 def chunk_residuals(
@@ -84,35 +129,45 @@ def chunk_fwd(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
     scale: float,
     l2norm: bool,
+    beta_top: int,
+    v_first: bool,
     chunk_size: int,
     save: bool,
     impl: str,
 ) -> Forward:
     """Chunked forward."""
-    if checks.values_are_checked(g):
-        check_values("chunk_gated_delta_rule", g, cu_seqlens, q.shape[1])
+    op = "chunk_gated_delta_rule"
+    if checks.values_are_checked(k):
+        check_values(op, k, g, beta, cu_seqlens, A_log, dt_bias, l2norm, beta_top)
     with without_autocast(q.device):
+        g, beta = gates.effective(g, beta, A_log, dt_bias, beta_top, accumulate_dtype(q.dtype))
+        state = inner_state(initial_state, v_first)
         if impl == "triton":
             from . import launch
 
-            q, k, v, g, beta, initial_state = contiguous(q, k, v, g, beta, initial_state)
+            q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
             # What the kernels pass on to each other is needed here even when it is not kept.
             kept = empty_residuals(g, chunk_residuals(q, v, None, l2norm, chunk_size, impl), True)
             C = kept[0].shape[-1]
-            o, final = launch.chunk_forward(q, k, v, g, beta, initial_state, kept, scale, l2norm, C)
-            return o, final, *(kept if save else [g.new_empty(0) for _ in kept])
+            o, final = launch.chunk_forward(q, k, v, g, beta, state, kept, scale, l2norm, C)
+            return o, outer_state(final, v_first), *(kept if save else [g.new_empty(0) for _ in kept])
         o, final, saved = torch_impl.forward(
-            q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, chunk_size, save
+            q, k, v, g, beta, state, cu_seqlens, scale, l2norm, chunk_size, save
         )
-        return o, final, *saved, g.new_empty(0)
+        return o, outer_state(final, v_first), *saved, g.new_empty(0)
 
 
 @chunk_fwd.register_fake
-def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, chunk_size, save, impl):
-    residuals = empty_residuals(g, chunk_residuals(q, v, cu_seqlens, l2norm, chunk_size, impl), save)
-    return v.new_empty(v.shape), g.new_empty(state_shape(q, v, cu_seqlens)), *residuals
+def _(
+    q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
+    scale, l2norm, beta_top, v_first, chunk_size, save, impl,
+):  # fmt: skip
+    residuals = chunk_residuals(q, v, cu_seqlens, l2norm, chunk_size, impl)
+    return fake_outputs(q, v, cu_seqlens, v_first, residuals, save)
 
 
 @torch.library.custom_op("prism_kernels::chunk_gated_delta_rule_bwd", mutates_args=())
@@ -126,31 +181,44 @@ def chunk_bwd(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
     residuals: list[Tensor],
     scale: float,
     l2norm: bool,
+    beta_top: int,
+    v_first: bool,
     chunk_size: int,
     impl: str,
 ) -> Backward:
-    """Gradients of q, k, v, g, beta and the initial state."""
+    """Gradients of all that is differentiable."""
+    raw = (g, beta, A_log, dt_bias, beta_top)
     if residuals[0].numel() == 0:
-        residuals = chunk_fwd(
-            q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, chunk_size, True, impl
-        )[2:]
+        again = (scale, l2norm, beta_top, v_first, chunk_size, True, impl)
+        residuals = chunk_fwd(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, *again)[2:]
     with without_autocast(q.device):
+        g, beta = gates.effective(*raw, accumulate_dtype(q.dtype))
+        state, dfinal = inner_state(initial_state, v_first), inner_state(dfinal, v_first)
         if impl == "triton":
             from . import launch
 
-            do, dfinal, q, k, v, initial_state = contiguous(do, dfinal, q, k, v, initial_state)
+            do, dfinal, q, k, v, state = contiguous(do, dfinal, q, k, v, state)
             C = residuals[0].shape[-1]
-            return launch.chunk_backward(do, dfinal, q, k, v, g, initial_state, residuals, scale, l2norm, C)
-        saved = torch_impl.Saved(*residuals[:3])
-        return torch_impl.backward(do, dfinal, q, k, v, g, beta, cu_seqlens, saved, scale, l2norm, chunk_size)
+            inner = launch.chunk_backward(do, dfinal, q, k, v, g, state, residuals, scale, l2norm, C)
+        else:
+            saved = torch_impl.Saved(*residuals[:3])
+            inner = torch_impl.backward(
+                do, dfinal, q, k, v, g, beta, cu_seqlens, saved, scale, l2norm, chunk_size
+            )
+        return outer_gradients(inner, raw, v_first)
 
 
 @chunk_bwd.register_fake
-def _(do, dfinal, q, k, v, g, beta, initial_state, cu_seqlens, residuals, scale, l2norm, chunk_size, impl):
-    return fake_gradients(q, k, v, g, beta, cu_seqlens)
+def _(
+    do, dfinal, q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
+    residuals, scale, l2norm, beta_top, v_first, chunk_size, impl,
+):  # fmt: skip
+    return fake_gradients(q, k, v, g, beta, cu_seqlens, A_log, dt_bias, v_first)
 
 
 @torch.library.custom_op("prism_kernels::fused_recurrent_gated_delta_rule_fwd", mutates_args=())
@@ -162,32 +230,41 @@ def recurrent_fwd(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
     scale: float,
     l2norm: bool,
+    beta_top: int,
+    v_first: bool,
     save: bool,
     impl: str,
 ) -> Forward:
     """Forward, token by token."""
-    if checks.values_are_checked(g):
-        check_values("fused_recurrent_gated_delta_rule", g, cu_seqlens, q.shape[1])
+    op = "fused_recurrent_gated_delta_rule"
+    if checks.values_are_checked(k):
+        check_values(op, k, g, beta, cu_seqlens, A_log, dt_bias, l2norm, beta_top)
     with without_autocast(q.device):
+        g, beta = gates.effective(g, beta, A_log, dt_bias, beta_top, accumulate_dtype(q.dtype))
+        state = inner_state(initial_state, v_first)
         if impl == "triton":
             from . import launch
 
-            q, k, v, g, beta, initial_state = contiguous(q, k, v, g, beta, initial_state)
+            q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
             kept = empty_residuals(g, recurrent_residuals(q, v, None, impl), save)
-            o, final = launch.recurrent_forward(q, k, v, g, beta, initial_state, kept[0], scale, l2norm)
-            return o, final, *kept
+            o, final = launch.recurrent_forward(q, k, v, g, beta, state, kept[0], scale, l2norm)
+            return o, outer_state(final, v_first), *kept
         o, final, checkpoints = torch_impl.recurrent_forward(
-            q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, save
+            q, k, v, g, beta, state, cu_seqlens, scale, l2norm, save
         )
-        return o, final, checkpoints, *(g.new_empty(0) for _ in range(3))
+        return o, outer_state(final, v_first), checkpoints, *(g.new_empty(0) for _ in range(3))
 
 
 @recurrent_fwd.register_fake
-def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, save, impl):
-    residuals = empty_residuals(g, recurrent_residuals(q, v, cu_seqlens, impl), save)
-    return v.new_empty(v.shape), g.new_empty(state_shape(q, v, cu_seqlens)), *residuals
+def _(
+    q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
+    scale, l2norm, beta_top, v_first, save, impl,
+):  # fmt: skip
+    return fake_outputs(q, v, cu_seqlens, v_first, recurrent_residuals(q, v, cu_seqlens, impl), save)
 
 
 @torch.library.custom_op("prism_kernels::fused_recurrent_gated_delta_rule_bwd", mutates_args=())
@@ -201,40 +278,83 @@ def recurrent_bwd(
     beta: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
     residuals: list[Tensor],
     scale: float,
     l2norm: bool,
+    beta_top: int,
+    v_first: bool,
     impl: str,
 ) -> Backward:
-    """Gradients of q, k, v, g, beta and the initial state."""
+    """Gradients of all that is differentiable."""
+    raw = (g, beta, A_log, dt_bias, beta_top)
     if residuals[0].numel() == 0:
-        residuals = recurrent_fwd(q, k, v, g, beta, initial_state, cu_seqlens, scale, l2norm, True, impl)[2:]
+        again = (scale, l2norm, beta_top, v_first, True, impl)
+        residuals = recurrent_fwd(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, *again)[2:]
     with without_autocast(q.device):
+        g, beta = gates.effective(*raw, accumulate_dtype(q.dtype))
+        dfinal = inner_state(dfinal, v_first)
         if impl == "triton":
             from . import launch
 
             do, dfinal, q, k, v, g, beta = contiguous(do, dfinal, q, k, v, g, beta)
-            return launch.recurrent_backward(do, dfinal, q, k, v, g, beta, residuals[0], scale, l2norm)
-        return torch_impl.recurrent_backward(
-            do, dfinal, q, k, v, g, beta, cu_seqlens, residuals[0], scale, l2norm
-        )
+            inner = launch.recurrent_backward(do, dfinal, q, k, v, g, beta, residuals[0], scale, l2norm)
+        else:
+            inner = torch_impl.recurrent_backward(
+                do, dfinal, q, k, v, g, beta, cu_seqlens, residuals[0], scale, l2norm
+            )
+        return outer_gradients(inner, raw, v_first)
 
 
 @recurrent_bwd.register_fake
-def _(do, dfinal, q, k, v, g, beta, initial_state, cu_seqlens, residuals, scale, l2norm, impl):
-    return fake_gradients(q, k, v, g, beta, cu_seqlens)
+def _(
+    do, dfinal, q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias,
+    residuals, scale, l2norm, beta_top, v_first, impl,
+):  # fmt: skip
+    return fake_gradients(q, k, v, g, beta, cu_seqlens, A_log, dt_bias, v_first)
 
 
-def fake_gradients(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None):
-    """Contiguous gradients of all six inputs."""
+def outer_gradients(inner: tuple[Tensor, ...], raw: tuple, v_first: bool) -> Backward:
+    """Gradients of what the caller gave, from those of what the paths computed with."""
+    dq, dk, dv, dg, dbeta, dstate = inner
+    dg, dbeta, dA_log, ddt_bias = gates.raw_gradients(dg, dbeta, *raw)
+    return dq, dk, dv, dg, dbeta, outer_state(dstate, v_first), dA_log, ddt_bias
+
+
+def fake_outputs(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, v_first: bool, residuals: list[Shape], save: bool
+) -> Forward:
+    """Contiguous outputs and residuals."""
+    final = q.new_empty(state_shape(q, v, cu_seqlens, v_first), dtype=accumulate_dtype(q.dtype))
+    return v.new_empty(v.shape), final, *empty_residuals(q, residuals, save)
+
+
+def fake_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    v_first: bool,
+) -> Backward:
+    """Contiguous gradients; empty ones for what is not given."""
+    wide = accumulate_dtype(q.dtype)
     like = [x.new_empty(x.shape) for x in (q, k, v, g, beta)]
-    return *like, g.new_empty(state_shape(q, v, cu_seqlens))
+    dstate = q.new_empty(state_shape(q, v, cu_seqlens, v_first), dtype=wide)
+    rest = (q.new_empty(0, dtype=wide) if x is None else x.new_empty(x.shape) for x in (A_log, dt_bias))
+    return *like, dstate, *rest
+
+
+TENSORS = 9  # arguments of a forward op before its options
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, g, beta, initial_state, cu_seqlens, *options = inputs
-    ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *output[2:])
-    ctx.options = options  # scale, l2norm, (chunk_size), save, impl
+    ctx.save_for_backward(*inputs[:TENSORS], *output[2:])
+    ctx.options = inputs[TENSORS:]  # scale, l2norm, beta_top, v_first, (chunk_size), save, impl
     ctx.set_materialize_grads(False)
 
 
@@ -242,15 +362,16 @@ def _autograd(backward: Callable) -> Callable:
     """The autograd formula of a forward op from its backward op."""
 
     def gradients(ctx, do, dfinal, *_):
-        q, k, v, g, beta, initial_state, cu_seqlens, *residuals = ctx.saved_tensors
+        inputs, residuals = ctx.saved_tensors[:TENSORS], list(ctx.saved_tensors[TENSORS:])
         *options, _save, impl = ctx.options
         if do is None:
-            do = torch.zeros_like(v)
-        grads = backward(
-            do, dfinal, q, k, v, g, beta, initial_state, cu_seqlens, list(residuals), *options, impl
-        )
-        *grads, dstate = grads
-        return *grads, None if initial_state is None else dstate, *[None] * (1 + len(ctx.options))
+            do = torch.zeros_like(inputs[2])
+        grads = backward(do, dfinal, *inputs, residuals, *options, impl)
+        *grads, dstate, dA_log, ddt_bias = grads
+        _, _, _, _, _, initial_state, _, A_log, dt_bias = inputs
+        optional = ((initial_state, dstate), (None, None), (A_log, dA_log), (dt_bias, ddt_bias))
+        grads += [None if given is None else grad for given, grad in optional]
+        return *grads, *[None] * len(ctx.options)
 
     return gradients
 

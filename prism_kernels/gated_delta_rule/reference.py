@@ -18,10 +18,17 @@ def gated_delta_rule_reference(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     product_dtype: torch.dtype | None = None,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return `o` r[B,T,HV,V] and the final state r[B or S,HV,K,V]; shapes as in `api.py`.
 
-    With `product_dtype`, operands of products are rounded to it: plain PyTorch in that precision.
+    With `A_log`, `g` is the raw input of the gate. With `product_dtype`, operands of products are rounded to
+    it: plain PyTorch in that precision.
     """
 
     def rounded(x: Tensor) -> Tensor:
@@ -38,17 +45,32 @@ def gated_delta_rule_reference(
         else:
             ends = cu_seqlens.tolist()
             rows = [(0, start, end) for start, end in zip(ends, ends[1:], strict=False)]
+        if initial_state is None:
+            initial_state = v.new_zeros(len(rows), v.shape[2], k.shape[3], v.shape[3])
+        elif state_v_first:
+            initial_state = initial_state.mT
         outputs, states = [], []
         for s, (b, start, end) in enumerate(rows):
-            M = v.new_zeros(v.shape[2], k.shape[3], v.shape[3]) if initial_state is None else initial_state[s]
-            M, out = M.to(wide), []
+            M, out = initial_state[s].to(wide), []
             for t in range(start, end):
-                M = g[b, t].exp()[:, None, None] * M
-                u = beta[b, t, :, None] * (rounded(v[b, t]) - (k[b, t, :, :, None] * rounded(M)).sum(1))
+                decay, strength = g[b, t], beta[b, t]
+                if A_log is not None:
+                    decay = -A_log.to(wide).exp() * _softplus(decay, dt_bias)
+                if use_beta_sigmoid_in_kernel:
+                    strength = strength.sigmoid() * (2 if allow_neg_eigval else 1)
+                M = decay.exp()[:, None, None] * M
+                u = strength[:, None] * (rounded(v[b, t]) - (k[b, t, :, :, None] * rounded(M)).sum(1))
                 M = M + k[b, t, :, :, None] * rounded(u)[:, None]
                 out.append(scale * (q[b, t, :, :, None] * rounded(M)).sum(1))
             outputs += out
             states.append(M)
         tail = q.shape[0] * q.shape[1] - len(outputs)
         o = F.pad(torch.stack(outputs), (0, 0, 0, 0, 0, tail)) if outputs else torch.zeros_like(v)
-        return o.reshape(v.shape).to(o_dtype), torch.stack(states)
+        final = torch.stack(states)
+        return o.reshape(v.shape).to(o_dtype), final.mT.contiguous() if state_v_first else final
+
+
+def _softplus(x: Tensor, bias: Tensor | None) -> Tensor:
+    """log(exp(0) + exp(x + bias))."""
+    x = x if bias is None else x + bias.to(x.dtype)
+    return torch.logaddexp(x, torch.zeros_like(x))

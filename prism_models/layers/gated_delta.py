@@ -109,7 +109,7 @@ class GatedDelta(nn.Module):
             k,
             v,
             g,
-            beta,
+            beta=beta,
             scale=1.0,
             initial_state=state,
             output_final_state=True,

@@ -33,6 +33,11 @@ def assert_all_close(got, expected, tolerance=1e-11):
         assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item()), name
 
 
+def by_name(function, impl):
+    """The two functions differ in the place of beta."""
+    return lambda q, k, v, g, beta: function(q, k, v, g, beta=beta, output_final_state=True, impl=impl)
+
+
 def reference(*tensors, **options):
     return gated_delta_rule_reference(*tensors, tensors[0].shape[-1] ** -0.5, **options)
 
@@ -50,7 +55,7 @@ def test_equals_transformers(name, unit):
     )
     for function in (chunk_gated_delta_rule, fused_recurrent_gated_delta_rule):
         got = function(
-            q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=unit
+            q, k, v, g, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=unit
         )
         torch.testing.assert_close(got.o, expected, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(got.final_state, final, rtol=2e-5, atol=2e-5)
@@ -82,7 +87,7 @@ def test_gradients_for_every_chunk_size(impl, chunk_size, unit, monkeypatch):
 def test_identical_keys_with_strengths_up_to_two(function, impl):
     q, k, v, g, beta = inputs(3, 1, 40, 1, 8, 4, decay=0.0, strength=2.0)
     tensors = [q, k[:, :1].expand_as(k).contiguous(), v, g, beta]
-    got = with_gradients(lambda *x: function(*x, output_final_state=True, impl=impl), tensors)
+    got = with_gradients(by_name(function, impl), tensors)
     assert_all_close(got, with_gradients(reference, tensors), 1e-10)
 
 
@@ -92,7 +97,7 @@ def test_identical_keys_with_strengths_up_to_two(function, impl):
 def test_strong_decay_in_every_step(function, impl):
     q, k, v, g, beta = inputs(4, 1, 37, 1, 8, 4)
     tensors = [q, k, v, torch.full_like(g, -30.0), beta]
-    got = with_gradients(lambda *x: function(*x, output_final_state=True, impl=impl), tensors)
+    got = with_gradients(by_name(function, impl), tensors)
     assert_all_close(got, with_gradients(reference, tensors))
 
 
@@ -109,7 +114,7 @@ def test_zero_length_sequences_pass_their_state_on(function):
     q, k, v, g, beta = inputs(6, 1, 30, 1, 8, 4, groups=2)
     bounds = torch.tensor([0, 0, 11, 11, 28])
     state = Draw(7, torch.float64).wide_normal(4, 2, 8, 4)
-    got = function(q, k, v, g, beta, initial_state=state, output_final_state=True, cu_seqlens=bounds)
+    got = function(q, k, v, g, beta=beta, initial_state=state, output_final_state=True, cu_seqlens=bounds)
     assert torch.equal(got.final_state[[0, 2]], state[[0, 2]])
     assert not got.o[:, 28:].any()
     for s, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
@@ -125,7 +130,7 @@ def test_sequences_may_all_be_empty(function):
     q, k, v, g, beta = inputs(8, 1, 3, 1, 4, 4)
     state = torch.ones(2, 1, 4, 4, dtype=torch.float64)
     bounds = torch.tensor([0, 0, 0])
-    got = function(q, k, v, g, beta, initial_state=state, output_final_state=True, cu_seqlens=bounds)
+    got = function(q, k, v, g, beta=beta, initial_state=state, output_final_state=True, cu_seqlens=bounds)
     assert torch.equal(got.final_state, state) and not got.o.any()
 
 

@@ -1,6 +1,12 @@
-"""Cases of the gated delta rule; both forms, chunked and token by token, share them."""
+"""Cases of the gated delta rule; both forms, chunked and token by token, share them.
+
+Each form has a second spec, "with raw gates": the options that make gates inside the op, and states that have
+values before keys.
+"""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,6 +21,11 @@ from ..spec import Case, ErrorCase, OpSpec, Outputs
 CHUNK, RECURRENT = "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"
 FUNCTIONS = {CHUNK: chunk_gated_delta_rule, RECURRENT: fused_recurrent_gated_delta_rule}
 TIME_INPUTS = ("q", "k", "v", "g", "beta")
+UNIT = {"use_qk_l2norm_in_kernel": True}
+GATE = {"use_gate_in_kernel": True}
+SIGMOID = {"use_beta_sigmoid_in_kernel": True}
+REFLECTING = SIGMOID | {"allow_neg_eigval": True}
+V_FIRST = {"state_v_first": True}
 
 
 def run(name: str, case: Case, impl: str | None) -> Outputs:
@@ -24,18 +35,14 @@ def run(name: str, case: Case, impl: str | None) -> Outputs:
 
 
 def reference(case: Case, product_dtype: torch.dtype | None) -> Outputs:
-    tensors, options = dict(case.tensors), case.options
+    tensors, options = dict(case.tensors), dict(case.options)
     q, v = tensors["q"], tensors["v"]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     tensors.setdefault("g", v.new_zeros(v.shape[:3], dtype=wide))
     tensors.setdefault("beta", v.new_ones(v.shape[:3], dtype=wide))
-    l2norm = options.get("use_qk_l2norm_in_kernel", False)
-    o, state = gated_delta_rule_reference(
-        **tensors,
-        scale=options.get("scale", q.shape[-1] ** -0.5),
-        use_qk_l2norm_in_kernel=l2norm,
-        product_dtype=product_dtype,
-    )
+    options = {"scale": q.shape[-1] ** -0.5} | options
+    options = {n: x for n, x in options.items() if n not in ("chunk_size", "use_gate_in_kernel")}
+    o, state = gated_delta_rule_reference(**tensors, **options, product_dtype=product_dtype)
     return {"o": o, "final_state": state}
 
 
@@ -56,9 +63,13 @@ def draw_case(
     sequences: int | None = None,
     leave_out: tuple[str, ...] = (),
     hostile: bool = False,
+    raw: float = 1.0,
     **options,
 ) -> Case:
-    """One case of sizes B, T, H, K, V with keys of length one; `groups` value heads share a key head."""
+    """One case of sizes B, T, H, K, V with keys of length one; `groups` value heads share a key head.
+
+    Gates made inside the op come from raw inputs of size `raw`.
+    """
     B, T, H, K, V = sizes
     HV = groups * H
     tensors = {
@@ -69,6 +80,14 @@ def draw_case(
         "beta": draw.gate(B, T, HV, low=strength[0], high=strength[1]),
         "initial_state": draw.wide_normal(sequences or B, HV, K, V),
     }
+    if options.get("use_beta_sigmoid_in_kernel"):
+        tensors["beta"] = draw.normal(B, T, HV, scale=raw)
+    if options.get("use_gate_in_kernel"):
+        tensors["g"] = draw.normal(B, T, HV, scale=raw)
+        tensors["A_log"] = draw.gate(HV, low=-3.0, high=0.0)
+        tensors["dt_bias"] = draw.wide_normal(HV)
+    if options.get("state_v_first"):
+        tensors["initial_state"] = tensors["initial_state"].mT.contiguous()
     tensors = {n: t for n, t in tensors.items() if n not in leave_out}
     return Case(name, tensors, {"chunk_size": 16} | options, hostile)
 
@@ -79,16 +98,15 @@ def cases(dtype: torch.dtype) -> list[Case]:
     def make(seed: int, *args, **options) -> Case:
         return draw_case(Draw(seed, dtype), *args, **options)
 
-    unit = {"use_qk_l2norm_in_kernel": True}
     bounds = torch.tensor([0, 0, 5, 22, 22])
     packed = make(8, "packed, empty sequences among them", (1, 24, 1, 8, 4), groups=2, sequences=4)
     same = make(20, "identical keys, strengths up to 2", (1, 7, 4, 16, 16), strength=(0, 2), hostile=True)
     extremes = make(10, "strengths 0, 1 and 2", (1, 17, 4, 8, 8), hostile=True)
     strong = make(1, "a decay of -30 in a step, and none", (1, 18, 2, 8, 8), hostile=True)
     halves = make(
-        2, "two halves of a chunk, decays of -30", (1, 65, 2, 40, 16), chunk_size=64, hostile=True, **unit
+        2, "two halves of a chunk, decays of -30", (1, 65, 2, 40, 16), chunk_size=64, hostile=True, **UNIT
     )
-    empty = make(12, "zero keys and tiny ones", (1, 7, 4, 8, 4), hostile=True, **unit)
+    empty = make(12, "zero keys and tiny ones", (1, 7, 4, 8, 4), hostile=True, **UNIT)
     k, beta = same.tensors["k"], (torch.arange(17) % 3).view(1, 17, 1).expand(1, 17, 4)
     zero = empty.tensors["k"].clone()
     zero[:, ::2] = 0
@@ -103,15 +121,15 @@ def cases(dtype: torch.dtype) -> list[Case]:
     # see "Numerics" in the op's README. So 32 bits and more leave g out of that one case.
     bare = {"leave_out": ("g", "beta", "initial_state")}
     return [
-        make(0, "with all there is", (2, 18, 2, 8, 4), scale=0.5, **unit),
+        make(0, "with all there is", (2, 18, 2, 8, 4), scale=0.5, **UNIT),
         make(1, "one token", (2, 1, 8, 16, 16)),
         make(2, "two tokens, no decay, strength 1, no state", (1, 2, 1, 4, 4), **bare),
         make(3, "a chunk less one", (1, 15, 2, 16, 16)),
         make(0, "a chunk", (1, 16, 2, 16, 16), leave_out=("g",)),
         make(5, "odd sizes, a prime length", (1, 37, 1, 5, 19), chunk_size=32, leave_out=("initial_state",)),
-        make(6, "value heads in groups", (1, 17, 2, 8, 4), groups=2, **unit),
+        make(6, "value heads in groups", (1, 17, 2, 8, 4), groups=2, **UNIT),
         make(2, "two halves of a chunk, and one token more", (1, 65, 1, 40, 16), chunk_size=64,
-             decay=-2.0, leave_out=() if dtype.itemsize == 2 else ("g",), **unit),
+             decay=-2.0, leave_out=() if dtype.itemsize == 2 else ("g",), **UNIT),
         packed.with_tensors(cu_seqlens=bounds),
         extremes.with_tensors(beta=beta.to(extremes.tensors["g"].dtype)),
         sharp(strong),
@@ -121,9 +139,38 @@ def cases(dtype: torch.dtype) -> list[Case]:
     ]  # fmt: skip
 
 
-def random_case(draw: Draw) -> Case:
+def raw_cases(dtype: torch.dtype) -> list[Case]:
+    """Gates made inside the op, states that have values before keys."""
+
+    def make(seed: int, *args, **options) -> Case:
+        return draw_case(Draw(seed, dtype), *args, **options)
+
+    every = GATE | REFLECTING | V_FIRST | UNIT
+    packed = make(8, "packed, all options", (1, 24, 1, 8, 4), groups=2, sequences=4, **every)
+    return [
+        make(0, "all options", (2, 18, 2, 8, 4), scale=0.5, **every),
+        make(1, "a gate without a bias", (1, 17, 2, 8, 8), leave_out=("dt_bias", "initial_state"), **GATE),
+        make(2, "strengths from logits", (1, 18, 2, 8, 4), **SIGMOID),
+        make(3, "strengths up to 2, values before keys", (1, 19, 1, 4, 16), **REFLECTING, **V_FIRST),
+        make(4, "one token, value heads in groups", (2, 1, 2, 8, 8), groups=2, **every),
+        packed.with_tensors(cu_seqlens=torch.tensor([0, 0, 5, 22, 22])),
+        make(5, "raw inputs up to a hundred", (1, 18, 2, 8, 8), raw=40.0, hostile=True, **GATE, **REFLECTING),
+    ]  # fmt: skip
+
+
+def random_case(draw: Draw, raw: bool = False) -> Case:
     T, H, K, V = draw.size("T", 1, 36), draw.size("H", 1, 2), draw.size("K", 4, 20), draw.size("V", 4, 20)
     sequences = draw.size("sequences", 1, 4) if draw.flag("packed") else None
+    options = {}
+    if raw:
+        reflecting = draw.flag("allow_neg_eigval")
+        options = {
+            "use_gate_in_kernel": draw.flag("gate"),
+            "use_beta_sigmoid_in_kernel": reflecting or draw.flag("sigmoid"),
+            "allow_neg_eigval": reflecting,
+            "state_v_first": draw.flag("state_v_first"),
+        }
+    needed = {"g": options.get("use_gate_in_kernel"), "beta": options.get("use_beta_sigmoid_in_kernel")}
     case = draw_case(
         draw,
         "drawn",
@@ -131,9 +178,10 @@ def random_case(draw: Draw) -> Case:
         groups=draw.size("groups", 1, 2),
         decay=draw.pick("decay", (-0.5, -2.0)),
         sequences=sequences,
-        leave_out=tuple(n for n in ("g", "beta", "initial_state") if not draw.flag(n)),
+        leave_out=tuple(n for n in ("g", "beta", "initial_state") if not draw.flag(n) and not needed.get(n)),
         chunk_size=draw.pick("chunk_size", (16, 32, 64)),
         use_qk_l2norm_in_kernel=draw.flag("l2norm"),
+        **options,
     )
     return case.with_tensors(cu_seqlens=draw.bounds(sequences, T)) if sequences else case
 
@@ -157,6 +205,23 @@ def hand() -> tuple[Case, Outputs]:
     return Case("two tokens", given | {"initial_state": state}, {"scale": 1.0}), {
         "o": o,
         "final_state": final,
+    }
+
+
+def raw_hand() -> tuple[Case, Outputs]:
+    """The same from raw gates; here the first token halves the state too, which so starts twice as large."""
+    case, expected = hand()
+    wide = torch.float64
+    tensors = case.tensors | {
+        "g": torch.full((1, 2, 1), -1.0, dtype=wide),  # exp(-softplus(-1 + 1)) = 1/2
+        "A_log": torch.zeros(1, dtype=wide),
+        "dt_bias": torch.ones(1, dtype=wide),
+        "beta": torch.tensor([0.0, -math.log(3)], dtype=wide).view(1, 2, 1),  # 2 sigmoid: 1 and 1/2
+        "initial_state": 2 * case.tensors["initial_state"].mT,
+    }
+    options = case.options | GATE | REFLECTING | V_FIRST
+    return replace(case, tensors=tensors, options=options), expected | {
+        "final_state": expected["final_state"].mT.contiguous()
     }
 
 
@@ -212,21 +277,61 @@ def errors(name: str) -> list[ErrorCase]:
         on_triton("packing", "packed sequences", **bounds(0, 6)),
         on_triton("grouped heads", "grouped heads", q=q[:, :, :2], k=q[:, :, :2]),
         on_triton("wide heads", "K or V above 128", q=middle, k=middle),
+        case("scale out of place", TypeError, r"no tensor for `scale`.*\(2, 6, 4\).*by name", scale=g),
     ]  # fmt: skip
-    if name == CHUNK:
-        listed.append(
-            case("chunk size", ValueError, "`chunk_size` to be one of 16, 32, 64, got 48", chunk_size=48)
-        )
-    return listed
+    per_head = torch.zeros(4)
+    gated = GATE | {"A_log": per_head}
+    listed += [
+        case("gate without its rate", ValueError, "`A_log` with use_gate_in_kernel=True, got None", **GATE),
+        case("gate of nothing", ValueError, "`g` with use_gate_in_kernel=True, got None", **gated, g=None),
+        case("rate without the gate", ValueError, "use_gate_in_kernel=True with `A_log`", A_log=per_head),
+        case("bias without the gate", ValueError, "use_gate_in_kernel=True with `dt_bias`", dt_bias=per_head),
+        case("rate per key", ValueError, r"`A_log` \[HV\] of shape \(4,\), got \(8,\)",
+             **gated | {"A_log": torch.zeros(8)}),
+        case("integer rate", TypeError, "`A_log` of dtype", **gated | {"A_log": per_head.int()}),
+        case("bias elsewhere", ValueError, "`dt_bias` on cpu", **gated, dt_bias=per_head.to("meta")),
+        case("rate too large", ValueError, r"a finite `exp\(A_log\)`", **gated | {"A_log": per_head + 100}),
+        case("infinite bias", ValueError, "a finite `dt_bias`", **gated, dt_bias=per_head - math.inf),
+        case("logits of nothing", ValueError, "`beta` with use_beta_sigmoid", **SIGMOID, beta=None),
+        case("strengths that are no logits", ValueError, "use_beta_sigmoid_in_kernel=True with allow_neg_eig",
+             allow_neg_eigval=True),
+        case("state with keys before values", ValueError, "`initial_state`.*values before keys",
+             **V_FIRST, initial_state=state),
+    ]  # fmt: skip
+    return listed + (chunk_errors(case) if name == CHUNK else recurrent_errors(case))
+
+
+def chunk_errors(case: Callable[..., ErrorCase]) -> list[ErrorCase]:
+    """What the chunked form alone can be asked for."""
+    bounds = torch.tensor([0, 6])
+    return [
+        case("chunk size", ValueError, "`chunk_size` to be one of 16, 32, 64, got 48", chunk_size=48),
+        case("several devices", NotImplementedError, "`cp_context` None .*several devices", cp_context=()),
+        case("bounds on the host alone", ValueError, "`cu_seqlens` with `cu_seqlens_cpu`",
+             cu_seqlens_cpu=bounds),
+        case("places of chunks alone", ValueError, "`cu_seqlens` with `chunk_indices`", chunk_indices=bounds),
+    ]  # fmt: skip
+
+
+def recurrent_errors(case: Callable[..., ErrorCase]) -> list[ErrorCase]:
+    """What the form token by token alone can be asked for."""
+    beta = torch.rand(2, 6, 4)
+    return [
+        case("strengths in the place of gk", NotImplementedError, "`gk` None .*as `beta=`", gk=beta),
+        case("decays of values", NotImplementedError, "`gv` None .*per value channel", gv=beta),
+    ]
 
 
 def opcheck(name: str, case: Case, impl: str) -> list[tuple]:
     q, v, tensors = case.tensors["q"], case.tensors["v"], case.tensors
     g = tensors.get("g", torch.zeros(v.shape[:3]))
     beta = tensors.get("beta", torch.ones(v.shape[:3]))
-    inputs = [q, tensors["k"], v, g, beta, tensors.get("initial_state"), tensors.get("cu_seqlens")]
-    l2norm = case.options.get("use_qk_l2norm_in_kernel", False)
-    options = (case.options.get("scale", 0.25), l2norm)
+    names = ("initial_state", "cu_seqlens", "A_log", "dt_bias")
+    inputs = [q, tensors["k"], v, g, beta, *(tensors.get(n) for n in names)]
+    given = case.options
+    beta_top = given.get("use_beta_sigmoid_in_kernel", 0) * (1 + given.get("allow_neg_eigval", 0))
+    options = (given.get("scale", 0.25), given.get("use_qk_l2norm_in_kernel", False))
+    options += (int(beta_top), given.get("state_v_first", False))
     options += (case.options["chunk_size"],) if name == CHUNK else ()
     forward, backward = {
         CHUNK: (op.chunk_fwd, op.chunk_bwd),
@@ -262,4 +367,17 @@ def spec(name: str) -> OpSpec:
     )
 
 
-SPECS = [spec(CHUNK), spec(RECURRENT)]
+def raw_spec(name: str) -> OpSpec:
+    """The same op with the options that make gates inside it."""
+    return replace(
+        spec(name),
+        name=f"{name} with raw gates",
+        cases=raw_cases,
+        hand=raw_hand,
+        errors=list,
+        bounded=(),
+        random_case=partial(random_case, raw=True),
+    )
+
+
+SPECS = [make(name) for make in (spec, raw_spec) for name in (CHUNK, RECURRENT)]
