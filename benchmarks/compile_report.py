@@ -1,7 +1,8 @@
 """`python -m benchmarks.compile_report`: what every kernel compiles to, on a machine without a GPU.
 
 Each op is called once with its launches recorded instead of run, so what is compiled is what would
-have been launched: the same kernel, configuration and argument specialisation. Columns:
+have been launched: the same kernel, configuration and argument specialisation. Launches for AMD targets are
+recorded as on a machine with an AMD GPU. Columns:
 
 regs      registers a thread            spill/loop  local-memory instructions, in all and in loops
 smem      shared memory in bytes        group/warp  tensor-core instructions, by a warp group (HGMMA, UTC*MMA)
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -93,6 +95,11 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
     return calls
 
 
+def is_cuda(target: str) -> bool:
+    """Whether a target such as "sm_90" is NVIDIA's; AMD's have names such as "gfx942"."""
+    return target.startswith("sm_")
+
+
 def _leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
@@ -125,7 +132,7 @@ def _delta(op: Callable, size: int, dtype: torch.dtype, l2: bool = False) -> tup
     q, k, v = (_leaf(2, 256, 16, size, dtype=dtype) for _ in range(3))
     g, beta, h0 = _leaf(2, 256, 16), _leaf(2, 256, 16), _leaf(2, 16, size, size)
     options = {"output_final_state": True, "use_qk_l2norm_in_kernel": l2, "impl": "triton"}
-    return op(q, k, v, g, beta, initial_state=h0, **options)
+    return op(q, k, v, g, beta=beta, initial_state=h0, **options)
 
 
 def _scan_arguments(P: int, N: int, dtype: torch.dtype) -> tuple[tuple, dict]:
@@ -163,11 +170,11 @@ def record(call: Callable[[], object]) -> list[Launch]:
     return list(reversed(seen.values()))
 
 
-def launches(only: str = "") -> list[tuple[str, Launch]]:
-    """Name of the case and launch, of every kernel of every case whose name contains `only`."""
-    return [
-        (case, launch) for case, call in cases() for launch in record(call) if only in launch.kernel.__name__
-    ]
+def launches(only: str, hip: bool) -> list[tuple[str, Launch]]:
+    """Name of the case and launch, of every kernel whose name contains `only`, on NVIDIA or AMD."""
+    with mock.patch.object(torch.version, "hip", "as if" if hip else None):
+        recorded = [(case, launch) for case, call in cases() for launch in record(call)]
+    return [(case, launch) for case, launch in recorded if only in launch.kernel.__name__]
 
 
 def first_of_each(found: list[tuple[str, Launch]]) -> list[tuple[str, Launch]]:
@@ -183,7 +190,7 @@ def compile_launch(launch: Launch, case: str, target: str) -> Entry:
 
     options = launch.options
     entry = Entry(launch.kernel.__name__, case, target, options["num_warps"], options["num_stages"])
-    cuda = target.startswith("sm_")
+    cuda = is_cuda(target)
     signature, constexprs, attrs = specialise(launch, cuda)
     gpu = GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64)
     try:
@@ -207,7 +214,7 @@ def _cause(error: BaseException) -> str:
 
 def measure(entry: Entry, launch: Launch, compiled: Any) -> Entry:
     """Fill in what the machine code says."""
-    cuda = entry.target.startswith("sm_")
+    cuda = is_cuda(entry.target)
     code, regs = sass.disassemble(compiled.asm["cubin"]) if cuda else sass.read_amd(compiled.asm["amdgcn"])
     smem, limit = compiled.metadata.shared, SHARED.get(entry.target)
     local = ("LDL", "STL") if cuda else ("scratch_",)
@@ -257,15 +264,15 @@ def specialise(launch: Launch, cuda: bool) -> tuple[dict, dict, dict]:
     return signature, constexprs, attrs
 
 
-def run(found: list[tuple[str, Launch]], targets: list[str]) -> list[Entry]:
-    """Compile everything, printing a line as each kernel is done."""
+def run(found: dict[str, list[tuple[str, Launch]]]) -> list[Entry]:
+    """Compile what each target would launch, printing a line as each kernel is done."""
     print(
         f"{'kernel':<28}{'case':<18}{'target':<8}{'w/s':>5}{'regs':>6}{'spill/loop':>11}{'smem':>8}"
         f"{'group/warp':>12}{'MUFU':>6}{'instrs/loop':>13}{'per el.':>14}"
     )
     entries: list[Entry] = []
-    for case, launch in found:
-        for target in targets:
+    for target, launched in found.items():
+        for case, launch in launched:
             entries.append(compile_launch(launch, case, target))
             print(_line(entries[-1]), flush=True)
     return entries
@@ -309,8 +316,9 @@ def main() -> int:
 
     if args.triton and triton.__version__ != args.triton:
         parser.error(f"triton {triton.__version__} was imported, not {args.triton}")
-    found = launches(args.kernel)
-    entries = run(first_of_each(found) if args.first else found, args.target)
+    machines = {hip: launches(args.kernel, hip) for hip in {not is_cuda(target) for target in args.target}}
+    found = {target: machines[not is_cuda(target)] for target in args.target}
+    entries = run({t: first_of_each(launched) if args.first else launched for t, launched in found.items()})
     failed = sum(bool(e.error) for e in entries)
     print(f"\n{len(entries)} kernels compiled with triton {triton.__version__}, {failed} failed")
     broken = budgets.judge(entries, budgets.load(), triton.__version__)
@@ -318,7 +326,9 @@ def main() -> int:
     if args.out:
         report = {
             "triton": triton.__version__,
-            "launches": [[launch.kernel.__name__, case] for case, launch in found],
+            "launches": [
+                [launch.kernel.__name__, case] for launched in machines.values() for case, launch in launched
+            ],
             "kernels": [asdict(e) for e in entries],
         }
         args.out.write_text(json.dumps(report) + "\n", encoding="utf-8")

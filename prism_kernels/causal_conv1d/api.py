@@ -10,8 +10,6 @@ from .._core.impl import choose_impl
 from .op import NAME, causal_conv1d_fwd
 from .reference import causal_conv1d_reference
 
-MOST_ROWS = 65535  # of one launch: a row is a program of the third axis
-
 
 class CausalConv1dOutput(NamedTuple):
     """y like x, and the last W-1 inputs r[B or S, D, W-1] (None unless asked for)."""
@@ -75,8 +73,7 @@ def causal_conv1d(
     check_convolution(NAME, x, weight, bias, activation, initial_state, cu_seqlens)
     if seq_idx is not None:
         _check_documents(x, seq_idx, initial_state, cu_seqlens, output_final_state)
-    lacks = [f"more than {MOST_ROWS} rows"] if x.shape[0] > MOST_ROWS else []
-    path = choose_impl(NAME, impl, x.device, triton_lacks=lacks)
+    path = choose_impl(NAME, impl, x.device)
     if path == "reference":
         if cu_seqlens is not None:
             checks.check_cu_seqlens_values(NAME, cu_seqlens, x.shape[1])

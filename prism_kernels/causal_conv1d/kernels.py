@@ -33,6 +33,19 @@ def locate(cu_ptr, i_b, o_r, T, S, STEPS, WIDTH: tl.constexpr, PACKED: tl.conste
 
 
 @triton.jit
+def block(row_blocks, CHANNEL_BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows and channels of this program, its batch entry, and its place among all blocks of rows.
+
+    One axis of the grid holds all three, since the others end at 65,535. Channels are innermost and time is
+    next: programs that run together read whole tokens, and share those where their blocks of rows meet.
+    """
+    i_d, i_block = tl.program_id(0) % CHANNEL_BLOCKS, tl.program_id(0) // CHANNEL_BLOCKS
+    o_r = i_block % row_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    return o_r, o_d, (i_block // row_blocks).to(tl.int64), i_block.to(tl.int64)
+
+
+@triton.jit
 def document_of(ids_ptr, o_p, T, HAS_IDS: tl.constexpr):
     """Document of the tokens at o_p, negative outside any; 0 where documents are not marked."""
     if HAS_IDS:
@@ -81,19 +94,17 @@ def preactivation(
     return b_z, b_x
 
 
-@triton.jit(do_not_specialize=["T", "S", "STEPS"])
+@triton.jit(do_not_specialize=["T", "S", "STEPS", "row_blocks"])
 def causal_conv1d_fwd_kernel(
     y_ptr, final_ptr,
     x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, ids_ptr,
-    T, D, S, STEPS, stride_xb, stride_xt, stride_xd,
+    T, D, S, STEPS, row_blocks, stride_xb, stride_xt, stride_xd,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
-    PACKED: tl.constexpr, HAS_IDS: tl.constexpr,
+    PACKED: tl.constexpr, HAS_IDS: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y r[B,T,D] and final r[B or S,W-1,D], contiguous. Grid: (blocks of rows, channel blocks, B)."""
-    i_t, i_d, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_r = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    """y r[B,T,D] and final r[B or S,W-1,D], contiguous. Grid: (B x blocks of rows x channel blocks,)."""
+    o_r, o_d, i_b, _ = block(row_blocks, CHANNEL_BLOCKS, BLOCK_T, BLOCK_D)
     m_d = (o_d < D)[None, :]
     o_s, o_start, o_len, o_p = locate(cu_ptr, i_b, o_r, T, S, STEPS, WIDTH, PACKED)
     x_ptr += i_b * stride_xb
@@ -117,22 +128,20 @@ def causal_conv1d_fwd_kernel(
     tl.store(p_f, narrow(b_x, final_ptr.dtype.element_ty), mask=m_f[:, None] & m_d)
 
 
-@triton.jit(do_not_specialize=["T", "S", "STEPS"])
+@triton.jit(do_not_specialize=["T", "S", "STEPS", "row_blocks"])
 def causal_conv1d_bwd_kernel(
     dx_ptr, dweight_ptr, dbias_ptr, dstate_ptr,
     dy_ptr, dfinal_ptr, x_ptr, weight_ptr, bias_ptr, state_ptr, cu_ptr, ids_ptr,
-    T, D, S, STEPS, stride_xb, stride_xt, stride_xd, stride_yb, stride_yt, stride_yd,
+    T, D, S, STEPS, row_blocks, stride_xb, stride_xt, stride_xd, stride_yb, stride_yt, stride_yd,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
-    PACKED: tl.constexpr, HAS_IDS: tl.constexpr,
+    PACKED: tl.constexpr, HAS_IDS: tl.constexpr, CHANNEL_BLOCKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx r[B,T,D], dstate r[B or S,W-1,D], and dweight r[blocks,D,W], dbias r[blocks,D] in parts.
 
-    Grid: (blocks of rows, channel blocks, B). dz at positions p..p+W-1 is recomputed, not stored.
+    Grid: (B x blocks of rows x channel blocks,). dz at positions p..p+W-1 is recomputed, not stored.
     """
-    i_t, i_d, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_r = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_r, o_d, i_b, i_part = block(row_blocks, CHANNEL_BLOCKS, BLOCK_T, BLOCK_D)
     m_d = o_d < D
     o_s, o_start, o_len, o_p = locate(cu_ptr, i_b, o_r, T, S, STEPS, WIDTH, PACKED)
     x_ptr += i_b * stride_xb
@@ -140,7 +149,6 @@ def causal_conv1d_bwd_kernel(
         ids_ptr += i_b * T
     o_id = document_of(ids_ptr, o_p, T, HAS_IDS)
     b_dx = tl.zeros([BLOCK_T, BLOCK_D], dtype=ACC)
-    i_part = i_b * tl.num_programs(0) + i_t
     for d in tl.static_range(WIDTH):
         o_q = o_p + d
         m_q = (o_q >= 0) & (o_q < o_len)

@@ -33,14 +33,15 @@ def _flags(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> d
 
 @dataclass(frozen=True)
 class Plan:
-    """What the forward and backward launches share: inputs, sizes, grid over rows, constants.
+    """What the forward and backward launches share: inputs, sizes, blocks of rows, constants.
 
     Rows are the tokens and W - 1 more before each of the S sequences of a batch row, for its initial state.
     """
 
     inputs: tuple[Tensor | None, ...]
     sizes: tuple[int, ...]
-    grid: tuple[int, int, int]
+    row_blocks: int
+    grid: tuple[int]
     flags: dict[str, Any]
     states: tuple[int, int, int]
 
@@ -58,15 +59,18 @@ class Plan:
         S = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         state = None if state is None else state.mT
         parts = (None if t is None else t.contiguous() for t in (weight, bias, state, cu_seqlens, seq_idx))
+        block_d, per_row = _block_d(D), -(-(T + S * (W - 1)) // BLOCK_T)
         flags = _flags(x, weight, bias, activation) | {
             "HAS_STATE": state is not None,
             "PACKED": cu_seqlens is not None,
             "HAS_IDS": seq_idx is not None,
+            "CHANNEL_BLOCKS": -(-D // block_d),
             "BLOCK_T": BLOCK_T,
-            "BLOCK_D": _block_d(D),
+            "BLOCK_D": block_d,
         }
-        grid = (-(-(T + S * (W - 1)) // BLOCK_T), -(-D // flags["BLOCK_D"]), B)
-        return Plan((x, *parts), (T, D, S, (S - 1).bit_length()), grid, flags, (B * S, W - 1, D))
+        sizes, row_blocks = (T, D, S, (S - 1).bit_length(), per_row), B * per_row
+        grid = (row_blocks * flags["CHANNEL_BLOCKS"],)
+        return Plan((x, *parts), sizes, row_blocks, grid, flags, (B * S, W - 1, D))
 
 
 def _launch_fwd(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +88,7 @@ def _launch_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .kernels import causal_conv1d_bwd_kernel
 
-    D, wide, blocks = x.shape[2], accumulate_dtype(x.dtype), plan.grid[0] * plan.grid[2]
+    D, wide, blocks = x.shape[2], accumulate_dtype(x.dtype), plan.row_blocks
     dx = x.new_empty(x.shape)
     parts, bias_parts = x.new_empty(blocks, D, W, dtype=wide), x.new_empty(blocks, D, dtype=wide)
     dstate = x.new_empty(plan.states, dtype=wide)

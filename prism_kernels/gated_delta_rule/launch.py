@@ -46,12 +46,16 @@ def unpacked(residuals: list[Tensor], l2norm: bool) -> tuple[Tensor, Tensor, Ten
 
 
 def inverse_precision(dtype: torch.dtype, l2norm: bool) -> dict:
-    """Products of the inverse: fp16 where keys of length one bound it by 2, else float32 (or wider)."""
+    """Products of the inverse: fp16 where keys of length one bound it by 2, else float32 (or wider).
+
+    Triton has tf32x3 for NVIDIA alone; AMD's matrix units multiply float32 as it is.
+    """
     if dtype == torch.float64:
         return {"INVERSE": tl.float64, "INVERSE_PRECISION": "ieee"}
     if dtype == torch.float32:
         return {"INVERSE": tl.float32, "INVERSE_PRECISION": "ieee"}
-    return {"INVERSE": tl.float16 if l2norm else tl.float32, "INVERSE_PRECISION": "tf32x3"}
+    precision = "ieee" if torch.version.hip else "tf32x3"
+    return {"INVERSE": tl.float16 if l2norm else tl.float32, "INVERSE_PRECISION": precision}
 
 
 def narrower(table: dict[int, tuple[int, int]], K: int, V: int, dtype: torch.dtype) -> dict:

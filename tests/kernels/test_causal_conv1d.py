@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from prism_kernels import causal_conv1d, causal_conv1d_fn, causal_conv1d_update
+from prism_kernels._core.runtime import record_launches
 from prism_kernels.causal_conv1d import compatible
 from prism_kernels.causal_conv1d.op import causal_conv1d_state_update
 from prism_kernels.testing.inputs import Draw
@@ -293,6 +294,32 @@ def test_documents_keep_apart_however_large_their_names(impl):
         torch.testing.assert_close(causal_conv1d(x, weight, seq_idx=torch.tensor([ids]), impl=impl).y, plain)
 
 
-def test_more_rows_than_a_launch_has_are_refused():
-    with pytest.raises(NotImplementedError, match="more than 65535 rows"):
-        causal_conv1d(torch.zeros(65536, 1, 2), torch.zeros(2, 4), impl="triton")
+@CPU_ONLY
+def test_blocks_of_rows_of_channels_and_of_a_batch_share_one_axis():
+    draw = Draw(7, torch.float64)
+    leaves = [t.requires_grad_() for t in (draw.normal(3, 40, 70), draw.normal(70, 4), draw.normal(70))]
+
+    def run(impl):
+        y, final = causal_conv1d(*leaves, activation="silu", output_final_state=True, impl=impl)
+        return [y, final, *gradients([y, final], leaves)]
+
+    assert_all_close(run("triton"), run("torch"))
+
+
+def test_no_launch_has_more_programs_than_the_second_and_third_axis_hold():
+    x, weight = torch.zeros(70_000, 1, 2, requires_grad=True), torch.zeros(2, 4)
+    with record_launches() as launches:
+        causal_conv1d(x, weight, impl="triton").y.sum().backward()
+        arguments = (weight, None, None, None, "none", "triton")
+        causal_conv1d_state_update(x.detach().mT, torch.zeros(70_000, 2, 3), *arguments)
+    assert len(launches) == 3
+    assert all(launch.grid[0] == 70_000 and max(launch.grid[1:], default=1) == 1 for launch in launches)
+
+
+@pytest.mark.gpu
+def test_more_rows_than_the_second_and_third_axis_hold():
+    x = torch.randn(70_000, 1, 2, device="cuda", requires_grad=True)
+    weight = torch.randn(2, 4, device="cuda", requires_grad=True)
+    y, expected = (causal_conv1d(x, weight, impl=impl).y for impl in ("triton", "torch"))
+    assert_all_close([y], [expected], 1e-5)
+    assert_all_close(*(torch.autograd.grad(out.sum(), [x, weight]) for out in (y, expected)), 1e-3)
