@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prism_kernels.testing.budgets import LIMIT, LOW, cotangents, forward_backward
+from prism_kernels.testing.budgets import LIMIT, LOW, cotangents, errors, forward_backward
 from prism_kernels.testing.spec import Case
 
 from .registry import Bench, Setting, Tensors
@@ -126,13 +126,7 @@ def cotangents_of(bench: Bench, setting: Setting) -> Tensors:
 
 def relative_errors(got: Tensor, oracle: Tensor) -> tuple[float, float]:
     """(largest, L2) error relative to the oracle's largest entry and norm; infinite for NaN."""
-    got, oracle = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (got, oracle))
-    if got.shape != oracle.shape:
-        raise ValueError(f"expected a result of shape {tuple(oracle.shape)}, got {tuple(got.shape)}")
-    error, oracle = got.double() - oracle, oracle.double()
-    tiny = torch.finfo(torch.float64).tiny
-    largest = error.abs().amax().item() / (oracle.abs().amax().item() + tiny)
-    l2 = error.norm().item() / (oracle.norm().item() + tiny)
+    largest, l2 = errors(got, oracle).relative
     return (largest, l2) if largest == largest else (math.inf, math.inf)
 
 

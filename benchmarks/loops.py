@@ -92,6 +92,25 @@ def scan_loop(
     return SelectiveScanOutput(y.to(dtype), torch.view_as_real(h))
 
 
+def scan_step(state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Step:
+    """One token of the selective scan in real arithmetic, which compilers take: complex ones as pairs.
+
+    expm1(x + iy) = (expm1(x) cos y - 2 sin^2(y/2)) + i exp(x) sin y loses nothing near 0.
+    """
+    (a, b), (h, k), (p, q), (c, d) = (t.unbind(-1) for t in (A[:, None], state, B, C))
+    step = dt[..., None, None]
+    x, y = step * a, step * b
+    decay, turn = x.exp(), y.sin()
+    real, imag = x.expm1() * y.cos() - 2 * (y / 2).sin().square(), decay * turn
+    size = a * a + b * b
+    real, imag = (real * a + imag * b) / size, (imag * a - real * b) / size
+    wide = u[..., None].to(h.dtype)
+    real, imag = (real * p - imag * q) * wide, (real * q + imag * p) * wide
+    cosine = decay * y.cos()
+    h, k = cosine * h - decay * turn * k + real, decay * turn * h + cosine * k + imag
+    return 2 * (h * c + k * d).sum(-1).to(u.dtype), torch.stack([h, k], -1)
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A short causal convolution and SiLU, one shifted product per tap."""
     padded = F.pad(x, (0, 0, weight.shape[1] - 1, 0))
@@ -108,3 +127,8 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """SwiGLU."""
     return F.silu(gate) * up
+
+
+def feed_forward(x: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
+    """The layer around SwiGLU: gate and up projection are the halves of one weight's rows."""
+    return F.linear(gated(*F.linear(x, inside).chunk(2, -1)), outside)

@@ -2,7 +2,9 @@
 
 Parameters are inputs like any other, named "p.<name>", so that one backward pass gives all gradients. What
 stands in for plain PyTorch, and as a competitor, is the same module with eager time loops (`loops.py`) in
-place of the mixers' ops, at float32 or wider inside. Floors count parameters and activations once, products
+place of the mixers' ops, at float32 or wider inside; of SwiGLU, which has no mixer, the plain formula.
+"compiled torch" is torch.compile of the module on our PyTorch path: inductor fuses what stands around the
+ops, which stay one node each. Floors count parameters and activations once, products
 with the weights, and the mixer's own operations; in the model the mixers' operations are left out.
 """
 
@@ -21,6 +23,7 @@ from prism_models import ModalityConfig, PRISMConfig, PRISMForClassification
 from prism_models.layers import GatedDelta, S4DComplex, SwiGLU
 
 from . import loops
+from .ranking import COMPILED
 from .registry import Adapter, Bench, Floor, Setting, Sizes, Skip, Tensors, add, register
 
 OPS = {f.__name__: f for f in (causal_conv1d, chunk_gated_delta_rule, rms_norm, selective_scan, swiglu)}
@@ -72,6 +75,14 @@ def our_module(build: Build, call: Call, impl: str, setting: Setting) -> Adapter
     return Adapter(module_run(build, call, {} if impl == "triton" else forced(impl), setting))
 
 
+def compiled_module(build: Build, call: Call, setting: Setting) -> Adapter:
+    """The module on our PyTorch path, compiled whole."""
+    from .peers import torch_compile
+
+    run = module_run(build, torch_compile(call), forced("torch"), setting)
+    return Adapter(run, note="our PyTorch path, what stands around its ops compiled")
+
+
 def looped(build: Build, call: Call, setting: Setting, product_dtype: torch.dtype | None = None) -> Callable:
     """The module with time loops for its mixers' ops, and our PyTorch path for the small ops."""
     return module_run(build, call, forced("torch") | LOOPS, setting)
@@ -97,11 +108,14 @@ def draw_module(build: Build, axes: str, setting: Setting) -> Tensors:
 
 
 def add_module(bench: Bench, build: Build, call: Call) -> None:
+    """Enter a module with its three paths, the compiled one and the plain form; the reference as in ops."""
     add(bench)
-    for impl in ("triton", "torch"):
-        register(bench.name, impl, partial(our_module, build, call, impl), ours=True)
+    for impl in ("triton", "torch", "reference"):
+        factory = partial(our_module, build, call, impl)
+        register(bench.name, impl, factory, ours=True, default=impl != "reference")
+    register(bench.name, COMPILED, partial(compiled_module, build, call), ours=True)
     if bench.name != "SwiGLU":
-        register(bench.name, "eager time loop", partial(looped, build, call))
+        register(bench.name, "eager time loop", bench.definition)
 
 
 def module_bench(
@@ -112,9 +126,10 @@ def module_bench(
     axes: str,
     outputs: dict[str, str],
     mixer: Callable,
+    plain: Callable | None = None,
     **shapes,
 ) -> Bench:
-    """A bench whose oracle is the module on our PyTorch path, tied to the module with time loops."""
+    """A bench whose oracle is our PyTorch path, tied to `plain` or to the module with time loops."""
 
     def floor(sizes: Sizes, e: int, backward: bool) -> Floor:
         module = build(Setting("", sizes, torch.float32, "meta"))
@@ -135,7 +150,7 @@ def module_bench(
         draw=partial(draw_module, build, axes),
         floor=floor,
         oracle=lambda setting: module_run(build, call, forced("torch"), setting),
-        definition=partial(looped, build, call),
+        definition=plain or partial(looped, build, call),
         looped=True,
         **shapes,
     )
@@ -158,6 +173,11 @@ def call_layer(module: nn.Module, parameters: Tensors, inputs: Tensors) -> Tenso
 
 def call_model(module: nn.Module, parameters: Tensors, inputs: Tensors) -> Tensors:
     return {"logits": functional_call(module, parameters, (inputs["x"], "signal"))["logits"]}
+
+
+def plain_swiglu(setting: Setting, product_dtype: torch.dtype | None = None) -> Callable:
+    """The feed-forward layer, with nothing of ours."""
+    return lambda t: {"y": loops.feed_forward(t["x"], t["p.in_proj.weight"], t["p.out_proj.weight"])}
 
 
 def delta_flops(s: Sizes, backward: bool) -> int:
@@ -183,7 +203,9 @@ LAYERS = (
 
 for name, make, flops, gpu, cpu in LAYERS:
     build = partial(built, make)
-    bench = module_bench(name, "layer", build, call_layer, "BTD", {"y": "BTD"}, flops, shapes=gpu, cpu=cpu)
+    plain = plain_swiglu if name == "SwiGLU" else None
+    outputs = {"y": "BTD"}
+    bench = module_bench(name, "layer", build, call_layer, "BTD", outputs, flops, plain, shapes=gpu, cpu=cpu)
     add_module(bench, build, call_layer)
     if name == "GatedDelta":
         register(name, "transformers", partial(fallback_inside, build, call_layer))

@@ -13,7 +13,8 @@ Hopper with Triton 3.4 to 3.7.0; the guard is lifted, and the gradients then pas
 
 `torch.compile`: our PyTorch paths are opaque ops, on which the compiler has nothing to do. What it gets
 instead is the plain form, whole where it is one expression (`loops.py`) and the body of the time loop where
-it is a loop. Inductor has no complex arithmetic, so the scan is a skip.
+it is a loop. Inductor has no complex arithmetic, so the scan is a skip, and its step is written in pairs.
+Layers and models, which are more than their ops, are compiled as they are ("compiled torch", `modules.py`).
 """
 
 import ast
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from . import loops
 from .registry import Adapter, Setting, Skip, Tensors, register
@@ -248,7 +250,22 @@ def eager_step(setting: Setting) -> Adapter:
     return Adapter(call)
 
 
+def compiled_step(setting: Setting) -> Adapter:
+    call = torch_compile(loops.scan_step)
+
+    def in_pairs(t: Tensors) -> Tensors:
+        return {n: torch.view_as_real(x) if x.is_complex() else x for n, x in t.items()}
+
+    return Adapter(
+        lambda t: dict(zip(("y", "new_state"), call(**t), strict=True)),
+        in_pairs,
+        lambda outputs: outputs | {"new_state": torch.view_as_complex(outputs["new_state"])},
+        note="in real pairs",
+    )
+
+
 register("selective_scan_step", "eager", eager_step)
+register("selective_scan_step", "torch.compile", compiled_step)
 
 
 # The small ones.
@@ -300,6 +317,31 @@ def liger_swiglu(setting: Setting) -> Adapter:
     )
 
 
+def transformers_mlp(setting: Setting) -> Adapter:
+    path = "transformers.models.llama"
+    config = need("transformers", f"{path}.configuration_llama").LlamaConfig(
+        hidden_size=setting.sizes["D"], intermediate_size=2 * setting.sizes["D"], num_attention_heads=1
+    )
+    with torch.device("meta"):
+        layer = need("transformers", f"{path}.modeling_llama").LlamaMLP(config)
+
+    def own_names(t: Tensors) -> Tensors:
+        gate, up = t["p.in_proj.weight"].chunk(2)
+        down = t["p.out_proj.weight"]
+        weights = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}
+        return {"x": t["x"]} | weights
+
+    def call(t: Tensors) -> Tensors:
+        return {"y": functional_call(layer, {n: w for n, w in t.items() if n != "x"}, (t["x"],))}
+
+    return Adapter(call, own_names)
+
+
+def eager_mlp(compiled: bool, setting: Setting) -> Adapter:
+    call = torch_compile(loops.feed_forward) if compiled else loops.feed_forward
+    return Adapter(lambda t: {"y": call(t["x"], t["p.in_proj.weight"], t["p.out_proj.weight"])})
+
+
 def plain(function: Callable[..., Tensor], compiled: bool, setting: Setting) -> Adapter:
     call = torch_compile(function) if compiled else function
     return Adapter(lambda t: {"y": call(**t)})
@@ -323,6 +365,9 @@ for name, function in (
 ):
     register(name, "eager", partial(plain, function, False))
     register(name, "torch.compile", partial(plain, function, True))
+register("SwiGLU", "eager", partial(eager_mlp, False))
+register("SwiGLU", "torch.compile", partial(eager_mlp, True))
+register("SwiGLU", "transformers", transformers_mlp)
 register("causal_conv1d", "causal-conv1d", cuda_conv)
 register("causal_conv1d", "flash-linear-attention", fla_conv)
 register("causal_conv1d", "transformers", transformers_conv)

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from .results import Roofline, Row
 
-OURS = ("triton", "torch")
+COMPILED = "compiled torch"  # inductor around our PyTorch path: ours, and no path of its own
+PATHS = ("triton", "torch")
+OURS = (*PATHS, COMPILED)
 REFERENCE = "reference"  # the definition: ours, and not meant to be fast
 EAGER = ("eager time loop", "eager")  # what one writes without an op
 INDUCTOR = "torch.compile"  # of eager code
@@ -35,7 +37,7 @@ class Race:
     @property
     def ours(self) -> Row | None:
         """Our fastest path."""
-        return next((r for r in self.ranked if r.provider in OURS), None)
+        return next((r for r in self.ranked if r.provider in PATHS), None)
 
     @property
     def peers(self) -> list[Row]:

@@ -15,6 +15,7 @@ place of float32 more (`Row.ratio_if_random`); a product in TF32 alone would be 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,6 +121,33 @@ def definition(
     return evaluate(run, case, cotangents(got))
 
 
+class Errors(NamedTuple):
+    """How far a tensor is from the oracle: largest absolute error, L2 error, and the same of the oracle."""
+
+    largest: float
+    l2: float
+    peak: float
+    norm: float
+
+    @property
+    def relative(self) -> tuple[float, float]:
+        """(largest, L2) error over the oracle's largest entry and norm."""
+        tiny = torch.finfo(torch.float64).tiny
+        return self.largest / (self.peak + tiny), self.l2 / (self.norm + tiny)
+
+
+def errors(got: Tensor, oracle: Tensor) -> Errors:
+    """Errors against an oracle of the same shape, in float64; complex entries count as two. NaN stays NaN."""
+    got, oracle = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (got, oracle))
+    if got.shape != oracle.shape:
+        raise ValueError(f"expected a result of shape {tuple(oracle.shape)}, got {tuple(got.shape)}")
+    if oracle.numel() == 0:
+        return Errors(0.0, 0.0, 0.0, 0.0)
+    oracle = oracle.double().to(got.device)
+    error = (got.double() - oracle).abs()
+    return Errors(error.max().item(), error.norm().item(), oracle.abs().max().item(), oracle.norm().item())
+
+
 def budget_rows(
     spec: OpSpec,
     case: Case,
@@ -133,34 +161,17 @@ def budget_rows(
     `evaluate` is `forward_only` for code without a backward.
     """
     data = next(t.dtype for t in case.tensors.values() if t.is_floating_point())
+    tiny = torch.finfo(torch.float64).tiny
     got, got_grads = evaluate(run or (lambda c: spec.run(c, impl)), case, None)
     oracle, oracle_grads = definition(spec, case.double(), got, None, evaluate)
     plain, plain_grads = definition(spec, case, got, data if data in LOW else None, evaluate)
     rows = []
     for kind in ((got, plain, oracle), (got_grads, plain_grads, oracle_grads)):
         for name, g in kind[0].items():
-            measured = _measured(g, kind[1][name], kind[2][name])
-            rows.append(Row(spec.name, case.name, impl, data, name, *measured))
+            eps = torch.finfo(g.dtype).eps
+            e, p = errors(g, kind[2][name]), errors(kind[1][name], kind[2][name])
+            max_ratio = e.largest / (p.largest + eps / 2 * e.peak + tiny)
+            l2_ratio = e.l2 / (p.l2 + eps / 2 * e.norm + tiny)
+            found = (max_ratio, l2_ratio, e.largest, e.relative, p.relative, eps)
+            rows.append(Row(spec.name, case.name, impl, data, name, *found))
     return rows
-
-
-def _measured(got: Tensor, plain: Tensor, oracle: Tensor) -> tuple:
-    """Max-abs ratio, L2 ratio, max-abs error; relative errors (max-abs, L2) of `got` and `plain`; eps."""
-    eps = torch.finfo(got.dtype).eps
-    got, plain, oracle = (torch.view_as_real(t) if t.is_complex() else t for t in (got, plain, oracle))
-    oracle = oracle.double().to(got.device)
-    if oracle.numel() == 0:
-        return 0.0, 0.0, 0.0
-    error, allowed = (got.double() - oracle).abs(), (plain.double() - oracle).abs()
-    peak, norm = oracle.abs().max().item(), oracle.norm().item()
-    slack = torch.finfo(torch.float64).tiny
-    worst, plain_worst = error.max().item(), allowed.max().item()
-    l2, plain_l2 = error.norm().item(), allowed.norm().item()
-    return (
-        worst / (plain_worst + eps / 2 * peak + slack),
-        l2 / (plain_l2 + eps / 2 * norm + slack),
-        worst,
-        (worst / (peak + slack), l2 / (norm + slack)),
-        (plain_worst / (peak + slack), plain_l2 / (norm + slack)),
-        eps,
-    )

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import kinds, report
 from benchmarks.plots import pictures
 from benchmarks.ranking import floor_ms, races, ratio, sweeps
-from benchmarks.results import RESULTS, ResultError
+from benchmarks.results import RESULTS, ResultError, load
 from tests.benchmarks.fakes import failed, result, row
 
 COMMITTED = sorted(RESULTS.glob("*.json"))
@@ -34,6 +34,16 @@ def results_of(root: Path) -> report.Files:
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
 def test_committed_results_are_whole(path):
     assert kinds.check(path) in kinds.KINDS
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
+def test_no_row_beats_the_roofline_of_a_cpu(path):
+    """A floor that is too high or a ceiling measured too low would show here; 3 % is the clock's noise."""
+    if kinds.check(path) != "benchmark" or (measured := load(path)).environment.device != "cpu":
+        return
+    timed = [row for row in measured.rows if row.ms_p50]
+    percent = {row.key: 100 * (floor_ms(row, measured.roofline) or 0.0) / row.ms_p50 for row in timed}
+    assert {key: found for key, found in percent.items() if found > 103} == {}
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,18 @@ def document_cases(dtype: torch.dtype) -> list[Case]:
     ]
 
 
+def random_documents(draw: Draw) -> Case:
+    B, T, D, W = draw.size("B", 1, 3), draw.size("T", 1, 40), draw.size("D", 1, 20), draw.size("W", 2, 4)
+    documents, run = draw.size("documents", 1, 4), draw.size("run", 1, 12)
+    # Runs of one document each, which may come back; -1 is padding, and may stand anywhere.
+    names = torch.randint(-1, documents, (B, T), generator=draw.generator, dtype=torch.int32)
+    seq_idx = names[:, torch.arange(T) // run]
+    tensors = {"x": draw.normal(B, T, D), "weight": draw.wide_normal(D, W), "seq_idx": seq_idx}
+    if draw.flag("bias"):
+        tensors["bias"] = draw.wide_normal(D)
+    return Case("drawn", tensors, {"activation": draw.pick("activation", (None, "silu"))})
+
+
 def run_documents(case: Case, impl: str | None) -> Outputs:
     return {"y": causal_conv1d(**case.tensors, **case.options, impl=impl).y}
 
@@ -196,6 +208,7 @@ SPECS = [
         hand=hand_documents,
         errors=list,
         opcheck=opcheck,
+        random_case=random_documents,
         time_inputs=("x", "seq_idx"),
     ),
 ]
