@@ -1,4 +1,4 @@
-"""Opaque custom ops, one pair (forward, backward) per public function; launchers are in launch.py.
+"""Opaque custom ops: a pair (forward, backward) per public function. Launchers are in launch*.py.
 
 Every path other than the reference is one node to autograd, torch.compile and export. A forward op returns
 (o, final_state) and four residuals, empty where the path or an inference call has no use for them.
@@ -103,7 +103,7 @@ def recurrent_residuals(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, impl: s
     (S, HV, K, V), wide = state_shape(q, v, cu_seqlens), accumulate_dtype(q.dtype)
     none = ((0,), wide)
     if impl == "triton":
-        from .launch import EVERY
+        from .launch_recurrent import EVERY
 
         return [((S * HV * ((v.shape[1] + EVERY - 1) // EVERY), K, V), wide), none, none, none]
     every = torch_impl.CHECKPOINT
@@ -247,11 +247,11 @@ def recurrent_fwd(
         g, beta = gates.effective(g, beta, A_log, dt_bias, beta_top, accumulate_dtype(q.dtype))
         state = inner_state(initial_state, v_first)
         if impl == "triton":
-            from . import launch
+            from . import launch_recurrent
 
             q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
             kept = empty_residuals(g, recurrent_residuals(q, v, None, impl), save)
-            o, final = launch.recurrent_forward(q, k, v, g, beta, state, kept[0], scale, l2norm)
+            o, final = launch_recurrent.recurrent_forward(q, k, v, g, beta, state, kept[0], scale, l2norm)
             return o, outer_state(final, v_first), *kept
         o, final, checkpoints = torch_impl.recurrent_forward(
             q, k, v, g, beta, state, cu_seqlens, scale, l2norm, save
@@ -296,10 +296,12 @@ def recurrent_bwd(
         g, beta = gates.effective(*raw, accumulate_dtype(q.dtype))
         dfinal = inner_state(dfinal, v_first)
         if impl == "triton":
-            from . import launch
+            from . import launch_recurrent
 
             do, dfinal, q, k, v, g, beta = contiguous(do, dfinal, q, k, v, g, beta)
-            inner = launch.recurrent_backward(do, dfinal, q, k, v, g, beta, residuals[0], scale, l2norm)
+            inner = launch_recurrent.recurrent_backward(
+                do, dfinal, q, k, v, g, beta, residuals[0], scale, l2norm
+            )
         else:
             inner = torch_impl.recurrent_backward(
                 do, dfinal, q, k, v, g, beta, cu_seqlens, residuals[0], scale, l2norm
