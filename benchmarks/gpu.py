@@ -8,8 +8,11 @@ come:
     doctor.txt                  versions, device, chosen paths
     contracts.xml, tests.xml    one entry per test; what pytest printed is in tests.log
     bench.json, bench.log       result file of the bench; a second run into the same folder goes on from it
+    bench.json.unfinished       only where the bench's process died: in which rows
     profile.txt                 the slowest row, kernel by kernel
 
+A bench whose process a provider has ended, or taken the GPU from, goes on in another one. Where pytest-xdist
+is installed the tests run in its workers, so that a crash is one failed test; without it, it ends its stage.
 Nothing on the GPU is set: no clocks, no partitions, no reset. Exits with 1 if a stage failed.
 """
 
@@ -36,7 +39,7 @@ GRACE = 20.0  # seconds between the interruption and the end
 LARGE_TESTS = "tests/kernels/test_gpu.py"  # alone on the device: they fill its memory
 WORKERS = 6  # for the others, whose time goes into compiling
 GPU_LOST = 3  # exit code of the bench when a provider broke the device's context: a new process goes on
-RESTARTS = 5
+RESTARTS = 20  # of the bench, within its budget: two for each provider that ends the process
 
 
 @dataclass
@@ -81,7 +84,8 @@ def stages(out: Path) -> list[Stage]:
     ignored = [f"--ignore={path}" for path in (LARGE_TESTS, *left_out)]
     parallel = ["-n", str(min(WORKERS, os.cpu_count() or 1))] if _installed("xdist") else ["-p", "no:xdist"]
     contracts = [*pytest, *parallel, f"--junitxml={out / 'contracts.xml'}", *ignored, "tests/kernels"]
-    tests = [*pytest, "-p", "no:xdist", f"--junitxml={out / 'tests.xml'}", LARGE_TESTS]
+    single = ["-n", "1"] if _installed("xdist") else ["-p", "no:xdist"]
+    tests = [*pytest, *single, f"--junitxml={out / 'tests.xml'}", LARGE_TESTS]
     result = str(out / "bench.json")
     bench = [*python, "benchmarks", "run", "--device", "cuda", "--out", result, "--resume"]
     profile = [*python, "benchmarks.profile_row", "--slowest-of", result]
@@ -159,12 +163,13 @@ class Run:
         start, log = time.monotonic(), self.out / stage.log
         stage.status = "stopped"  # unless it comes to an end
         for command in stage.commands:
-            for _ in range(RESTARTS):
+            for turn in range(1 + RESTARTS):
                 say("  $ " + readable(command))
                 code, stopped = self.command(command, log, start + stage.budget_s)
-                if code != GPU_LOST or stopped or "--resume" not in command:
+                why = "" if stopped or "--resume" not in command else lost(code)
+                if not why or turn == RESTARTS:
                     break
-                say("  the GPU was lost to that process: going on in another")
+                say(f"  {why}: going on in another")
             stage.exit_codes.append(code)
             if stopped:
                 break
@@ -214,6 +219,15 @@ class Run:
         os.replace(beside, self.out / "summary.json")
 
 
+def lost(code: int) -> str:
+    """Why another process may go on where one ended with this code, or nothing."""
+    if code == GPU_LOST:
+        return "the GPU was lost to that process"
+    if code < 0:  # by a signal, which was not ours
+        return f"signal {-code} ended that process"
+    return ""
+
+
 def shrink(path: Path, largest: int = LARGEST) -> None:
     """Keep a file small: of a log the beginning and the end; anything else is compressed."""
     if path.suffix == ".tmp" or not path.is_file():
@@ -252,7 +266,8 @@ def environment(side: Path | None) -> dict[str, str]:
     """Variables of the stages: kernels run on the device, and peers are found."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = [str(p) for p in (side, kept.get("PYTHONPATH")) if p]
-    return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(path)}
+    said = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}  # a crash leaves its stack in the log
+    return {**kept, **said, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def device_name() -> str | None:

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from .registry import Bench, Provider, Skip, benches
-from .run import Refusal, chosen
+from .selection import Refusal, chosen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,8 @@ def line(row: Row) -> str:
         return f"{name}: {row.status}: {row.reason}"
     memory = "" if row.peak_bytes is None else f", {row.peak_bytes / 1e6:.0f} MB"
     times = f"{row.ms_p50:.3g} ms ({row.ms_p20:.3g} to {row.ms_p80:.3g}, {row.samples} samples)"
-    return (
-        f"{name}: {times}, {row.roofline_percent:.3g} % of the roofline, error {row.error_ratio:.2g}{memory}"
-    )
+    share = "" if row.roofline_percent is None else f", {row.roofline_percent:.3g} % of the roofline"
+    return f"{name}: {times}{share}, error {row.error_ratio:.2g}{memory}"
 
 
 class Progress:

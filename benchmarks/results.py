@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -107,13 +108,17 @@ class Result:
     def save(self, path: Path) -> None:
         """Replace the file as a whole: whoever is killed leaves the old one or the new one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        replace(path, json.dumps(asdict(self), indent=1))
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file as a whole, through one beside it."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def load(path: Path) -> Result:
@@ -144,8 +149,9 @@ def load(path: Path) -> Result:
         raise ResultError(f"{path}: a field is missing or unknown: {error}.") from error
     parts = (result, result.environment, result.roofline, *result.rows)
     problems = [p for part in parts for p in problems_of(part)]
-    keys = [row.key for row in result.rows]
-    problems += [f"twice: {' '.join(key)}" for key in sorted(set(keys)) if keys.count(key) > 1]
+    if not problems:
+        times = Counter(row.key for row in result.rows)
+        problems = [f"twice: {' '.join(key)}" for key, n in times.items() if n > 1]
     if problems:
         raise ResultError(f"{path}: " + "; ".join(problems[:5]))
     return result

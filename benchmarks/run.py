@@ -11,7 +11,11 @@ Selections take names and globs. Each provider's outputs and gradients are check
 is timed (`judge.py`); one that is wrong, crashes, runs out of memory or returns NaN is a row that says so,
 is not timed, and the run goes on. On a CPU the repeats of all providers of one op, shape, dtype and
 direction are interleaved; on a GPU `triton.testing.do_bench` times one after the other. The file is
-replaced after every group.
+replaced after every row.
+
+A provider that ends the whole process (a segmentation fault, an abort, the kernel's out-of-memory killer) is
+tried once more by `--resume`; when the process dies again in the same step, its row says so, and the next
+`--resume` gets past it (`attempts.py`).
 
 Exits with 0; with 1 if one of our own paths was wrong, failed or returned NaN, or no peer ran under
 --require-peer; with 2 on a selection or a file that cannot be used; with 3 if the GPU was lost on the way.
@@ -19,14 +23,11 @@ Exits with 0; with 1 if one of our own paths was wrong, failed or returned NaN, 
 
 import argparse
 import contextlib
-import difflib
-import fnmatch
-import importlib.util
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,20 +35,18 @@ import torch
 
 from prism_kernels.testing.budgets import cotangents, differentiable
 
-from . import measure
+from . import attempts, measure
+from .attempts import Attempts
 from .judge import Judge, judge, limit_of, not_finite
 from .progress import Progress
 from .ranking import EAGER, INDUCTOR, OURS, REFERENCE, floor_ms
-from .registry import Adapter, Bench, Provider, Setting, Skip, Tensors, benches
-from .results import DIRECTIONS, Key, Result, ResultError, Row, environment, load
+from .registry import Adapter, Provider, Skip, Tensors
+from .results import DIRECTIONS, Result, ResultError, Row, environment, load
+from .selection import Group, Refusal, check_numbers, load_plugin, select
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 OUT = Path("runs/bench.json")
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
-
-
-class Refusal(Exception):
-    """Why a run does not start."""
 
 
 class DeviceLost(Exception):
@@ -55,17 +54,26 @@ class DeviceLost(Exception):
 
 
 @dataclass
-class Group:
-    """One op, shape, dtype and direction: what is timed together."""
+class Run:
+    """A run on its way."""
 
-    bench: Bench
-    setting: Setting
-    direction: str
-    providers: list[Provider] = field(default_factory=list)
+    args: argparse.Namespace
+    result: Result
+    attempts: Attempts
+    progress: Progress
 
-    def key(self, provider: str) -> Key:
-        dtype = str(self.setting.dtype).removeprefix("torch.")
-        return self.bench.name, self.setting.shape, dtype, self.direction, provider
+    def finish(self, row: Row) -> None:
+        """Keep a row, in the file before on the screen.
+
+        Raises:
+            DeviceLost: The GPU does not answer any more.
+        """
+        self.result.rows.append(row)
+        self.result.save(self.args.out)
+        self.attempts.finished(row.key)
+        self.progress.row(row)
+        if self.args.device == "cuda" and row.status in ("failed", "not finite", "wrong"):
+            check_device(row)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,15 +105,22 @@ def run(args: argparse.Namespace) -> int:
             load_plugin(plugin)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise Refusal("run: --device cuda, and torch sees no CUDA device here.")
+        check_numbers(args)
         if args.threads:
             torch.set_num_threads(args.threads)
         groups = select(args)
+        resumes = args.resume and args.out.exists()
         result = begin(args, groups)
+        tried = Attempts(args.out, resumes)
     except (Refusal, ResultError) as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"run: --out {args.out} cannot be written: {error}", file=sys.stderr)
+        return 2
     try:
-        measure_all(args, groups, result)
+        with Progress(sum(len(group.providers) for group in groups)) as progress:
+            measure_all(Run(args, result, tried, progress), groups)
     except DeviceLost as error:
         print(
             f"{error}\nThe GPU is lost to this process; the same command with --resume goes on.",
@@ -115,100 +130,22 @@ def run(args: argparse.Namespace) -> int:
     return verdict(groups, result, args.require_peer)
 
 
-def load_plugin(path: Path) -> None:
-    """Run a file that registers providers."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise Refusal(f"run: --plugin {path} is not a Python file.")
-    benches()
-    try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except Exception as error:  # it is the user's code: say what it said
-        raise Refusal(f"run: --plugin {path}: {type(error).__name__}: {error}") from error
-
-
-def chosen(what: str, patterns: Iterable[str], names: list[str]) -> list[str]:
-    """Names that match, in their order; a pattern without a match is refused with the nearest names."""
-    taken = set()
-    for pattern in patterns:
-        matches = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
-        if not matches:
-            raise Refusal(unknown(what, pattern, names))
-        taken |= matches
-    return [name for name in names if name in taken]
-
-
-def unknown(what: str, name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, 3, 0.4)
-    advice = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(names)}."
-    return f"run: no {what} {name!r}. {advice} `python -m benchmarks list` prints all."
-
-
-def select(args: argparse.Namespace) -> list[Group]:
-    """Groups of a selection, in order.
-
-    Raises:
-        Refusal: A name is unknown, or nothing is left.
-    """
-    everything = benches()
-    picked = [everything[name] for name in chosen("op", args.op, list(everything))]
-    if args.provider:
-        known = list(dict.fromkeys(name for bench in picked for name in bench.providers))
-        chosen("provider", args.provider, known)
-    shapes = {bench.name: shapes_of(bench, args) for bench in picked}
-    if args.shape:
-        names = [name for bench in picked for name in (*bench.cpu, *bench.shapes)]
-        chosen("shape", args.shape, list(dict.fromkeys(names)))
-    for sizes in args.sizes or ():
-        if not any(bench.sizes(sizes) for bench in picked):
-            examples = ", ".join(dict.fromkeys(bench.cpu[0] for bench in picked))
-            raise Refusal(f"run: --sizes {sizes!r} is spelt like no shape of these ops: {examples}.")
-    dtypes = args.dtype or (["float32"] if args.device == "cpu" else ["bfloat16"])
-    groups = [
-        Group(
-            bench,
-            bench.setting(shape, getattr(torch, dtype), args.device),
-            direction,
-            providers_of(bench, args),
-        )
-        for bench in picked
-        for shape in shapes[bench.name]
-        for dtype in dtypes
-        for direction in bench.directions
-        if direction in args.direction
-    ]
-    groups = [group for group in groups if group.providers]
-    if not groups:
-        raise Refusal("run: the selection is empty: no provider, shape and direction fit together.")
-    return groups
-
-
-def shapes_of(bench: Bench, args: argparse.Namespace) -> list[str]:
-    if not args.shape and not args.sizes:
-        return list(bench.cpu if args.device == "cpu" else bench.shapes)
-    patterns, known = args.shape or (), dict.fromkeys((*bench.cpu, *bench.shapes))
-    named = [name for name in known if any(fnmatch.fnmatchcase(name, x) for x in patterns)]
-    return list(dict.fromkeys(named + [sizes for sizes in args.sizes or () if bench.sizes(sizes)]))
-
-
-def providers_of(bench: Bench, args: argparse.Namespace) -> list[Provider]:
-    if not args.provider:
-        return [p for p in bench.providers.values() if p.default]
-    patterns = args.provider
-    return [p for p in bench.providers.values() if any(fnmatch.fnmatchcase(p.name, x) for x in patterns)]
-
-
 def begin(args: argparse.Namespace, groups: list[Group]) -> Result:
     """A new result, or the one to go on with.
 
     Raises:
-        ResultError: The file to resume is no result of this bench.
+        ResultError: The file to resume, or to write over, is no result of this bench.
         Refusal: It comes from another commit or device.
     """
     from .peers import installed
 
     here = environment(args.device, installed())
     dtypes = list(dict.fromkeys(group.setting.dtype for group in groups))
+    if args.out.exists() and not args.resume:
+        try:
+            load(args.out)
+        except ResultError as error:
+            raise ResultError(f"{error} It is not written over: remove it, or name another --out.") from error
     if args.resume and args.out.exists():
         result = load(args.out)
         there = result.environment
@@ -234,97 +171,100 @@ def begin(args: argparse.Namespace, groups: list[Group]) -> Result:
     return result
 
 
-def measure_all(args: argparse.Namespace, groups: list[Group], result: Result) -> None:
+def measure_all(run: Run, groups: list[Group]) -> None:
     """Work through the groups; those on the same inputs share their oracle."""
-    done, total = result.finished(), sum(len(group.providers) for group in groups)
+    within, done = run.args.within, run.result.finished()
     start, left = time.monotonic(), 0
-    with Progress(total) as progress:
-        inputs: tuple[object, Tensors] | None = None
-        for group in groups:
-            todo = [p for p in group.providers if group.key(p.name) not in done]
-            progress.skip(len(group.providers) - len(todo))
-            if args.within and time.monotonic() - start > args.within:
-                left += len(todo)
-            if left or not todo:
-                continue
-            what = (group.bench.name, group.setting.shape, group.setting.dtype)
-            try:
-                if inputs is None or inputs[0] != what:
-                    inputs = None
+    inputs: tuple[object, Tensors] | None = None
+    for group in groups:
+        todo = [p for p in group.providers if group.key(p.name) not in done]
+        run.progress.skip(len(group.providers) - len(todo))
+        if within and time.monotonic() - start > within:
+            left += len(todo)
+        todo = [] if left else not_given_up(run, group, todo)
+        if not todo:
+            continue
+        what = (group.bench.name, group.setting.shape, group.setting.dtype)
+        try:
+            if inputs is None or inputs[0] != what:
+                inputs = None
+                with run.attempts.during(attempts.INPUTS, group.keys(todo)):
                     drawn = group.bench.draw(group.setting)
                     inputs = what, {n: t.to(group.setting.device) for n, t in drawn.items()}
-            except Exception as error:
-                for provider in todo:
-                    row = Row(*group.key(provider.name), status="failed")
-                    finish(args, broken(row, error, "the inputs: "), result, progress)
-                continue
-            measure_group(args, group, todo, inputs[1], result, progress)
+        except Exception as error:
+            for provider in todo:
+                row = Row(*group.key(provider.name), status="failed")
+                run.finish(broken(row, error, "the inputs: "))
+            continue
+        measure_group(run, group, todo, inputs[1])
     if left:
-        print(f"{left} rows not reached within {args.within:g} s: the same command with --resume goes on.")
+        print(f"{left} rows not reached within {within:g} s: the same command with --resume goes on.")
 
 
-def finish(args: argparse.Namespace, row: Row, result: Result, progress: Progress) -> None:
-    """Keep a row, in the file before on the screen.
+def not_given_up(run: Run, group: Group, todo: list[Provider]) -> list[Provider]:
+    """Providers to try; the others, during which the process has died, get their rows."""
+    tried = []
+    for provider in todo:
+        if why := run.attempts.given_up(group.key(provider.name)):
+            row = new_row(group, provider)
+            row.status, row.reason = why
+            run.finish(row)
+        else:
+            tried.append(provider)
+    return tried
 
-    Raises:
-        DeviceLost: The GPU does not answer any more.
-    """
-    result.rows.append(row)
-    result.save(args.out)
-    progress.row(row)
-    if args.device == "cuda" and row.status in ("failed", "not finite", "wrong"):
-        check_device(row)
 
-
-def measure_group(
-    args: argparse.Namespace,
-    group: Group,
-    todo: list[Provider],
-    tensors: Tensors,
-    result: Result,
-    progress: Progress,
-) -> None:
+def measure_group(run: Run, group: Group, todo: list[Provider], tensors: Tensors) -> None:
     """Check every provider, then time those that are right."""
     backward = group.direction != "forward"
     adapters: dict[str, Adapter] = {}
     for provider in todo:
-        row, adapter = open_row(group, provider)
+        row, adapter = open_row(run, group, provider)
         if adapter is None:
-            finish(args, row, result, progress)
+            run.finish(row)
         else:
             adapters[provider.name] = adapter
-    if not adapters:
+    todo = [p for p in todo if p.name in adapters]
+    if not todo:
         return
     try:
-        held_to = judge(group.bench, group.setting, tensors, backward)
+        with run.attempts.during(attempts.ORACLE, group.keys(todo)):
+            held_to = judge(group.bench, group.setting, tensors, backward)
     except Exception as error:  # whatever it is, it is the finding of these rows
-        for provider in (p for p in todo if p.name in adapters):
-            finish(args, broken(new_row(group, provider), error, "the oracle: "), result, progress)
+        for provider in todo:
+            run.finish(broken(new_row(group, provider), error, "the oracle: "))
         return
     right: dict[str, tuple[Row, Callable]] = {}
-    for provider in (p for p in todo if p.name in adapters):
+    for provider in todo:
         row, adapter = new_row(group, provider), adapters[provider.name]
         try:
-            check(row, provider, adapter, held_to, tensors)
-            if row.status == "ok":
-                right[provider.name] = row, call_of(adapter, tensors, backward)
-                continue
+            with run.attempts.during(attempts.CHECKING, [row.key]):
+                check(row, provider, adapter, held_to, tensors)
+                if row.status == "ok":
+                    right[provider.name] = row, call_of(adapter, tensors, backward)
+                    measure.synchronize(
+                        run.args.device
+                    )  # what goes wrong late is its own, not the next one's
+                    continue
         except Exception as error:
+            right.pop(provider.name, None)
             row = broken(row, error)
-        finish(args, row, result, progress)
+        run.finish(row)
     del held_to
-    for row in timed_rows(args, group, right, result):
-        finish(args, row, result, progress)
+    for row in timed_rows(run, group, right):
+        run.finish(row)
 
 
-def open_row(group: Group, provider: Provider) -> tuple[Row, Adapter | None]:
+def open_row(run: Run, group: Group, provider: Provider) -> tuple[Row, Adapter | None]:
     """A provider's adapter, or the row that says why there is none."""
     row = new_row(group, provider)
     try:
-        made = provider.factory(group.setting)
+        with run.attempts.during(attempts.OPENING, [row.key]):
+            made = provider.factory(group.setting)
+            measure.synchronize(run.args.device)
         return row, made if isinstance(made, Adapter) else Adapter(made)
     except Skip as reason:
-        row.status, row.reason = "skipped", str(reason)
+        row.status, row.reason = "skipped", str(reason) or "its provider does not say why"
     except Exception as error:
         row = broken(row, error)
     return row, None
@@ -341,7 +281,7 @@ def broken(row: Row, error: Exception, where: str = "") -> Row:
     """The row of something that was raised."""
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     memory = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-    memory = memory or any(text in str(error) for text in OUT_OF_MEMORY)
+    memory = memory or any(text in str(error).lower() for text in OUT_OF_MEMORY)
     row.status = "out of memory" if memory else "failed"
     row.reason = f"{where}{type(error).__name__}: {message}"[:300]
     row.error_ratio, row.error_in = None, ""
@@ -387,24 +327,39 @@ def call_of(adapter: Adapter, tensors: Tensors, backward: bool) -> Callable:
     return forward_backward
 
 
-def timed_rows(
-    args: argparse.Namespace, group: Group, right: dict[str, tuple[Row, Callable]], result: Result
-) -> Iterable[Row]:
-    """Rows with their times; on a CPU all at once, one by one on a GPU."""
-    samples: dict[str, list[float] | Exception] = {}
-    if args.device == "cpu" and right:
-        calls = {name: call for name, (_, call) in right.items()}
-        samples = measure.interleaved(calls, args.seconds, args.repeats, args.device)
-    for name, (row, call) in right.items():
+def timed_rows(run: Run, group: Group, right: dict[str, tuple[Row, Callable]]) -> Iterable[Row]:
+    """Rows with their times: on a CPU all at once, one by one on a GPU and after a death among several."""
+    args, tried = run.args, run.attempts
+    alone = [n for n in right if args.device == "cuda" or tried.count(attempts.TIMING, group.key(n))]
+    together = [n for n in right if n not in alone]
+    for names in filter(None, (together, *([n] for n in alone))):
+        samples: dict[str, list[float] | Exception] = {}
         try:
-            taken = samples[name] if samples else measure.on_gpu(call, args.seconds, args.repeats)
-            if isinstance(taken, Exception):
-                raise taken
-            fill(row, taken, result)
-            row.peak_bytes = None if args.no_memory else measure.peak_bytes(call, args.device)
-            yield row
+            with tried.during(attempts.TIMING, map(group.key, names)):
+                samples = samples_of(args, {n: right[n][1] for n in names}, len(names) / len(right))
         except Exception as error:
-            yield broken(row, error, "while timing: ")
+            samples = dict.fromkeys(names, error)
+        for name in names:
+            row, call = right[name]
+            try:
+                if isinstance(taken := samples[name], Exception):
+                    raise taken
+                fill(row, taken, run.result)
+                if not args.no_memory:
+                    with tried.during(attempts.TIMING, [row.key]):
+                        row.peak_bytes = measure.peak_bytes(call, args.device)
+            except Exception as error:
+                row = broken(row, error, "while timing: ")
+            yield row
+
+
+def samples_of(
+    args: argparse.Namespace, calls: dict[str, Callable], share: float
+) -> dict[str, list[float] | Exception]:
+    """Samples of each call; on a CPU within their share of the time of the group."""
+    if args.device == "cpu":
+        return measure.interleaved(calls, args.seconds * share, args.repeats, args.device)
+    return {name: measure.on_gpu(call, args.seconds, args.repeats) for name, call in calls.items()}
 
 
 def fill(row: Row, samples: list[float], result: Result) -> None:

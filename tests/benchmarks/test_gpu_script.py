@@ -91,19 +91,35 @@ def test_a_stage_that_runs_over_is_stopped_and_the_next_begins(tmp_path, then):
     )
 
 
-def test_a_bench_that_loses_the_gpu_goes_on_in_a_new_process(tmp_path):
+@pytest.mark.parametrize(
+    "end",
+    ["raise SystemExit(3)", "os.abort()", "os.kill(os.getpid(), signal.SIGSEGV)"],
+    ids=["lost", "6", "11"],
+)
+def test_a_bench_that_loses_the_gpu_or_crashes_goes_on_in_a_new_process(tmp_path, end, capsys):
     code = f"""
+import os, signal
 from pathlib import Path
 path = Path({str(tmp_path / "turns")!r})
 turns = int(path.read_text()) if path.exists() else 0
 path.write_text(str(turns + 1))
-raise SystemExit(3 if turns < 2 else 0)
+if turns < 2:
+    {end}
 """
     stage, other = (Stage(n, 1, f"{n}.log", [python(code)]) for n in ("bench", "other"))
     stage.commands[0].append("--resume")
     assert run(tmp_path, 60, stage)[0] == 0 and (tmp_path / "turns").read_text() == "3"
+    assert capsys.readouterr().out.count("ended that process" if "os." in end else "the GPU was lost") == 2
     (tmp_path / "turns").unlink()
-    assert run(tmp_path, 60, other)[0] == 1
+    assert run(tmp_path, 60, other)[0] == 1 and (tmp_path / "turns").read_text() == "1"
+
+
+def test_a_bench_that_always_crashes_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "RESTARTS", 2)
+    stage = Stage("bench", 1, "bench.log", [[*python("import os; print('up'); os.abort()"), "--resume"]])
+    code, summary = run(tmp_path, 60, stage)
+    assert code == 1 and summary["stages"][0]["exit_codes"] == [-signal.SIGABRT]
+    assert (tmp_path / "bench.log").read_text().count("\nup") == 3
 
 
 def test_what_earlier_stages_save_later_ones_may_use(tmp_path):

@@ -118,6 +118,9 @@ def test_whole_shapes_are_judged_by_a_cut(tmp_path):
         (["--op", "rms_norm", "--provider", "zzz"], "There are: triton, torch"),
         (["--op", "selective_scan_step", "--direction", "forward+backward"], "the selection is empty"),
         (["--plugin", "no/such/file.py"], "not a Python file"),
+        (["--repeats", "0"], "expected --repeats of 1 or more, got 0"),
+        (["--seconds", "nan"], "expected --seconds of 0 or more, got nan"),
+        (["--threads", "-1"], "expected --threads of 1 or more, got -1"),
     ],
 )
 def test_what_cannot_be_selected(options, message, tmp_path, capsys):
@@ -200,6 +203,7 @@ def raise_(error):
         (lambda t: {"y": t["x"][:1]}, "failed", "expected a result of shape"),
         (lambda t: {}, "failed", "KeyError"),
         (raise_(Skip("not today")), "failed", "not today"),
+        (raise_(SystemExit(1)), "failed", "SystemExit(1)"),
     ],
 )
 def test_a_provider_that_breaks_is_a_row(call, status, reason, provider, tmp_path):
@@ -321,6 +325,7 @@ def test_sigkill_loses_no_finished_row(tmp_path):
         (lambda text: "[1, 2]", "not a result of"),
         (lambda text: text.replace('"schema": 1', '"schema": 99'), "schema 99"),
         (lambda text: json.dumps(json.loads(text) | {"rows": [{}]}), "missing or unknown"),
+        (lambda text: text.replace('"op": "rms_norm"', '"op": ["rms_norm"]'), "op is ['rms_norm']"),
     ],
 )
 def test_torn_and_foreign_files_are_refused(change, message, tmp_path, capsys):
@@ -331,9 +336,33 @@ def test_torn_and_foreign_files_are_refused(change, message, tmp_path, capsys):
     kept = file.read_text()
     assert main(["run", *FAST, *options, "--out", str(file), "--resume"]) == 2
     assert message in capsys.readouterr().err
+    assert main(["run", *FAST, *options, "--out", str(file)]) == 2
+    assert "is not written over" in capsys.readouterr().err
     assert file.read_text() == kept
     with pytest.raises(ResultError):
         load(file)
+
+
+def test_a_dtype_asked_for_twice_is_measured_once(tmp_path):
+    options = ("--op", "rms_norm", "--sizes", "B2_T3_D8", "--provider", "torch", "--direction", "forward")
+    assert len(bench(tmp_path, *options, "--dtype", "float32", "float32").rows) == 1
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "out.json")
+    assert main(["run", *FAST, "--op", "rms_norm", "--sizes", "B2_T3_D8", "--out", out]) == 2
+    assert f"--out {out} cannot be written" in capsys.readouterr().err
+
+
+def test_a_plugin_may_define_dataclasses_and_may_not_exit(tmp_path, capsys):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "from __future__ import annotations\nimport dataclasses\n\n"
+        "@dataclasses.dataclass\nclass Mine:\n    x: dataclasses.InitVar[int]\n\nraise SystemExit(0)\n"
+    )
+    bench(tmp_path, "--plugin", str(plugin), status=2)
+    assert "SystemExit: 0" in capsys.readouterr().err
 
 
 def test_results_of_elsewhere_are_resumed_only_by_force(tmp_path, capsys):
