@@ -45,11 +45,22 @@ EXPERTS = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
+INDEXED = {
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "hc_count": 2,
+    "hc_lowrank": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 128,
+    "indexer_compress_ratio": 4,
+}
 MODELS = {
     "Qwen3Next": ("Qwen3NextConfig", HEAD | DENSE | EXPERTS),
     "Qwen3_5": ("Qwen3_5TextConfig", HEAD | DENSE),
     "Qwen3_5Moe": ("Qwen3_5MoeTextConfig", HEAD | EXPERTS),
     "OlmoHybrid": ("OlmoHybridConfig", DENSE | {"linear_a_log_max": 1.0}),
+    "Qwen4Exp": ("Qwen4ExpTextConfig", HEAD | EXPERTS | INDEXED),
 }
 
 
