@@ -21,6 +21,7 @@ from prism_kernels import causal_conv1d, chunk_gated_delta_rule, rms_norm, selec
 from prism_kernels.testing.inputs import Draw
 from prism_models import ModalityConfig, PRISMConfig, PRISMForClassification
 from prism_models.layers import GatedDelta, S4DComplex, SwiGLU
+from prism_models.signal.blocks import Block
 
 from . import loops
 from .ranking import COMPILED
@@ -76,10 +77,17 @@ def our_module(build: Build, call: Call, impl: str, setting: Setting) -> Adapter
 
 
 def compiled_module(build: Build, call: Call, setting: Setting) -> Adapter:
-    """The module on our PyTorch path, compiled whole."""
+    """The module on our PyTorch path, compiled: a layer whole, a model block by block, each kind once."""
     from .peers import torch_compile
 
-    run = module_run(build, torch_compile(call), forced("torch"), setting)
+    def compiled(setting: Setting) -> nn.Module:
+        module = build(setting)
+        parts = [part for part in module.modules() if isinstance(part, Block)] or [module]
+        for part in parts:
+            part.forward = torch_compile(part.forward)
+        return module
+
+    run = module_run(compiled, call, forced("torch"), setting)
     return Adapter(run, note="our PyTorch path, what stands around its ops compiled")
 
 

@@ -83,3 +83,21 @@ def test_competitors_compute_the_same(op, provider, shape, monkeypatch):
     adapter = bench.providers[provider].factory(setting)
     ratio, where = held_to.worst(held_to.values(adapter, tensors))
     assert ratio <= limit_of(ours=False), where
+
+
+def test_a_model_is_compiled_once_for_each_kind_of_block(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    whole, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: whole(f, backend=backend, **options))
+    bench = benches()["PRISM"]
+    setting = bench.setting("image_1x4x3", torch.float32, "cpu")
+    tensors = bench.draw(setting)
+    with torch.no_grad():
+        found, expected = (bench.providers[n].factory(setting)(tensors) for n in (COMPILED, "torch"))
+    torch.testing.assert_close(found, expected)
+    assert len(graphs) == 2
