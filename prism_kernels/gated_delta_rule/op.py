@@ -103,9 +103,10 @@ def recurrent_residuals(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, impl: s
     (S, HV, K, V), wide = state_shape(q, v, cu_seqlens), accumulate_dtype(q.dtype)
     none = ((0,), wide)
     if impl == "triton":
-        from .launch_recurrent import EVERY
+        from .launch_recurrent import checkpoints
 
-        return [((S * HV * ((v.shape[1] + EVERY - 1) // EVERY), K, V), wide), none, none, none]
+        rows = checkpoints(v.shape[0], v.shape[1], S, cu_seqlens is not None)
+        return [((rows * HV, K, V), wide), none, none, none]
     every = torch_impl.CHECKPOINT
     return [((S * HV * ((v.shape[1] + every - 1) // every), K, V), wide), none, none, none]
 
@@ -250,8 +251,8 @@ def recurrent_fwd(
             from . import launch_recurrent
 
             q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
-            kept = empty_residuals(g, recurrent_residuals(q, v, None, impl), save)
-            o, final = launch_recurrent.recurrent_forward(q, k, v, g, beta, state, kept[0], scale, l2norm)
+            kept = empty_residuals(g, recurrent_residuals(q, v, cu_seqlens, impl), save)
+            o, final = launch_recurrent.forward(q, k, v, g, beta, state, cu_seqlens, kept[0], scale, l2norm)
             return o, outer_state(final, v_first), *kept
         o, final, checkpoints = torch_impl.recurrent_forward(
             q, k, v, g, beta, state, cu_seqlens, scale, l2norm, save
@@ -299,8 +300,8 @@ def recurrent_bwd(
             from . import launch_recurrent
 
             do, dfinal, q, k, v, g, beta = contiguous(do, dfinal, q, k, v, g, beta)
-            inner = launch_recurrent.recurrent_backward(
-                do, dfinal, q, k, v, g, beta, residuals[0], scale, l2norm
+            inner = launch_recurrent.backward(
+                do, dfinal, q, k, v, g, beta, cu_seqlens, residuals[0], scale, l2norm
             )
         else:
             inner = torch_impl.recurrent_backward(

@@ -239,12 +239,7 @@ def errors(name: str) -> list[ErrorCase]:
     def bounds(*values: float) -> dict[str, Tensor]:
         return row | {"cu_seqlens": torch.tensor(values)}
 
-    def on_triton(what: str, pattern: str, **changes) -> ErrorCase:
-        pattern = f"a call that the 'triton' path covers, got {pattern}.*impl='torch'"
-        return case(f"{what} on triton", NotImplementedError, pattern, impl="triton", **changes)
-
     big = torch.zeros(2, 6, 4, 257)
-    middle = torch.zeros(2, 6, 4, 129)
     listed = [
         case("rank of q", ValueError, r"`q` of rank 4, \[B, T, H, K\], got shape \(2, 6, 4\)", q=q[..., 0]),
         case("rank of v", ValueError, r"`v` of rank 4, \[B, T, HV, V\]", v=v[0]),
@@ -274,9 +269,6 @@ def errors(name: str) -> list[ErrorCase]:
         case("bounds past the end", ValueError, "`cu_seqlens` from 0 to at most T = 6", **bounds(0, 9)),
         case("bounds from one", ValueError, "`cu_seqlens` from 0", **bounds(1, 6)),
         case("packed batch", ValueError, "packed inputs of batch size 1", cu_seqlens=torch.tensor([0, 6])),
-        on_triton("packing", "packed sequences", **bounds(0, 6)),
-        on_triton("grouped heads", "grouped heads", q=q[:, :, :2], k=q[:, :, :2]),
-        on_triton("wide heads", "K or V above 128", q=middle, k=middle),
         case("scale out of place", TypeError, r"no tensor for `scale`.*\(2, 6, 4\).*by name", scale=g),
     ]  # fmt: skip
     per_head = torch.zeros(4)
@@ -298,13 +290,21 @@ def errors(name: str) -> list[ErrorCase]:
         case("state with keys before values", ValueError, "`initial_state`.*values before keys",
              **V_FIRST, initial_state=state),
     ]  # fmt: skip
-    return listed + (chunk_errors(case) if name == CHUNK else recurrent_errors(case))
+    return listed + (chunk_errors(case, row) if name == CHUNK else recurrent_errors(case))
 
 
-def chunk_errors(case: Callable[..., ErrorCase]) -> list[ErrorCase]:
-    """What the chunked form alone can be asked for."""
-    bounds = torch.tensor([0, 6])
+def chunk_errors(case: Callable[..., ErrorCase], row: dict[str, Tensor]) -> list[ErrorCase]:
+    """What the chunked form alone can be asked for, and what its kernels lack."""
+    bounds, few, wide = torch.tensor([0, 6]), torch.zeros(2, 6, 2, 8), torch.zeros(2, 6, 4, 129)
+
+    def on_triton(what: str, pattern: str, **changes) -> ErrorCase:
+        pattern = f"a call that the 'triton' path covers, got {pattern}.*impl='torch'"
+        return case(f"{what} on triton", NotImplementedError, pattern, impl="triton", **changes)
+
     return [
+        on_triton("packing", "packed sequences", **row, cu_seqlens=bounds),
+        on_triton("grouped heads", "grouped heads", q=few, k=few),
+        on_triton("wide heads", "K or V above 128", q=wide, k=wide),
         case("chunk size", ValueError, "`chunk_size` to be one of 16, 32, 64, got 48", chunk_size=48),
         case("several devices", NotImplementedError, "`cp_context` None .*several devices", cp_context=()),
         case("bounds on the host alone", ValueError, "`cu_seqlens` with `cu_seqlens_cpu`",
@@ -343,9 +343,10 @@ def opcheck(name: str, case: Case, impl: str) -> list[tuple]:
     return [(forward, (*inputs, *options, True, impl)), (backward, given)]
 
 
-def on_triton(case: Case) -> bool:
+def on_triton(name: str, case: Case) -> bool:
+    """The kernels token by token cover every case."""
     same_heads = case.tensors["q"].shape[2] == case.tensors["v"].shape[2]
-    return same_heads and "cu_seqlens" not in case.tensors
+    return name == RECURRENT or (same_heads and "cu_seqlens" not in case.tensors)
 
 
 def spec(name: str) -> OpSpec:
@@ -358,7 +359,7 @@ def spec(name: str) -> OpSpec:
         errors=partial(errors, name),
         opcheck=partial(opcheck, name),
         random_case=random_case,
-        on_triton=on_triton,
+        on_triton=partial(on_triton, name),
         time_inputs=TIME_INPUTS,
         state=("initial_state", "final_state"),
         step=step,
