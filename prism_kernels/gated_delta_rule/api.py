@@ -1,6 +1,6 @@
 """The public functions: check, choose a path, call."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -210,7 +210,7 @@ def fused_recurrent_gated_delta_rule(
 
 def _call(op: str, x: Inputs, options: Options) -> GatedDeltaRuleOutput:
     """Either function."""
-    _check(op, x, options)
+    check(op, x, options)
     wanted = options.output_final_state
     impl = choose_impl(op, options.impl, x.q.device, triton_lacks=_triton_lacks(x, options.chunk_size))
     wide, per_token = accumulate_dtype(x.q.dtype), x.v.shape[:3]
@@ -238,7 +238,8 @@ def _reference(
     op: str, x: Inputs, scale: float, l2norm: bool, beta_top: int, v_first: bool, wanted: bool
 ) -> GatedDeltaRuleOutput:
     """The definition, called directly so that it can be differentiated any number of times."""
-    q, k, v, g, beta, state, cu_seqlens, A_log, dt_bias = x
+    q, k, v, _, _, state, cu_seqlens, A_log, dt_bias = x
+    g, beta = cast(Tensor, x.g), cast(Tensor, x.beta)
     if checks.values_are_checked(q):
         ops.check_values(op, k, g, beta, cu_seqlens, A_log, dt_bias, l2norm, beta_top)
     o, final = gated_delta_rule_reference(
@@ -260,7 +261,7 @@ def _reference(
     return GatedDeltaRuleOutput(o, final if wanted else None)
 
 
-def _check(op: str, x: Inputs, options: Options) -> None:
+def check(op: str, x: Inputs, options: Options) -> None:
     """Metadata only."""
     _check_flags(op, options)
     for name, t, width in (("q", x.q, "H, K"), ("k", x.k, "H, K"), ("v", x.v, "HV, V")):

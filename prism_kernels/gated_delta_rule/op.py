@@ -51,9 +51,10 @@ def check_values(
 def warn_of_growth(op: str, k: Tensor, beta: Tensor, cu_seqlens: Tensor | None, l2norm: bool) -> None:
     """Warn if beta |k|^2 passes 2, beyond which writes overshoot and the state grows from token to token."""
     T = k.shape[1] if cu_seqlens is None else int(cu_seqlens[-1])
-    squares = k[:, :T].detach().to(beta.dtype).square().sum(-1)
-    squares = squares / (squares + torch_impl.NORM_EPS) if l2norm else squares
-    step = beta[:, :T].detach() * squares.repeat_interleave(beta.shape[2] // k.shape[2], 2)
+    step = beta[:, :T].detach()
+    if not l2norm:
+        squares = k[:, :T].detach().to(step.dtype).square().sum(-1)
+        step = step * squares.repeat_interleave(step.shape[2] // k.shape[2], 2)
     largest = step.nan_to_num(0.0).amax().item() if T else 0.0
     if largest > 2 + 16 * torch.finfo(k.dtype).eps:  # unit keys, rounded
         advice = "The state grows without bound. Pass keys of length 1, or use_qk_l2norm_in_kernel=True."

@@ -147,14 +147,17 @@ def raw_cases(dtype: torch.dtype) -> list[Case]:
 
     every = GATE | REFLECTING | V_FIRST | UNIT
     packed = make(8, "packed, all options", (1, 24, 1, 8, 4), groups=2, sequences=4, **every)
+    far = make(
+        9, "raw inputs up to a hundred", (1, 18, 2, 8, 8), raw=40.0, hostile=True, **GATE, **REFLECTING
+    )
     return [
-        make(0, "all options", (2, 18, 2, 8, 4), scale=0.5, **every),
+        make(8, "all options", (2, 18, 2, 8, 4), scale=0.5, **every),
         make(1, "a gate without a bias", (1, 17, 2, 8, 8), leave_out=("dt_bias", "initial_state"), **GATE),
         make(2, "strengths from logits", (1, 18, 2, 8, 4), **SIGMOID),
-        make(3, "strengths up to 2, values before keys", (1, 19, 1, 4, 16), **REFLECTING, **V_FIRST),
+        make(0, "strengths up to 2, values before keys", (1, 19, 2, 8, 16), **REFLECTING, **V_FIRST),
         make(4, "one token, value heads in groups", (2, 1, 2, 8, 8), groups=2, **every),
         packed.with_tensors(cu_seqlens=torch.tensor([0, 0, 5, 22, 22])),
-        make(5, "raw inputs up to a hundred", (1, 18, 2, 8, 8), raw=40.0, hostile=True, **GATE, **REFLECTING),
+        far.with_tensors(A_log=far.tensors["A_log"] - 4),
     ]  # fmt: skip
 
 
