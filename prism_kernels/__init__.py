@@ -8,8 +8,10 @@ from .causal_conv1d import (
 )
 from .gated_delta_rule import (
     GatedDeltaRuleOutput,
+    GatedDeltaRuleStepOutput,
     chunk_gated_delta_rule,
     fused_recurrent_gated_delta_rule,
+    gated_delta_rule_step,
 )
 from .rms_norm import RMSNormOutput, rms_norm
 from .selective_scan import (
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CausalConv1dOutput",
     "GatedDeltaRuleOutput",
+    "GatedDeltaRuleStepOutput",
     "RMSNormOutput",
     "SelectiveScanOutput",
     "SelectiveScanStepOutput",
@@ -33,6 +36,7 @@ __all__ = [
     "causal_conv1d_update",
     "chunk_gated_delta_rule",
     "fused_recurrent_gated_delta_rule",
+    "gated_delta_rule_step",
     "rms_norm",
     "selective_scan",
     "selective_scan_step",

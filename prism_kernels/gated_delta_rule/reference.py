@@ -74,3 +74,45 @@ def _softplus(x: Tensor, bias: Tensor | None) -> Tensor:
     """log(exp(0) + exp(x + bias))."""
     x = x if bias is None else x + bias.to(x.dtype)
     return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def gated_delta_rule_step_reference(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    use_qk_l2norm_in_kernel: bool = False,
+    product_dtype: torch.dtype | None = None,
+    *,
+    state_indices: Tensor | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row of a batch from the state that it names: `o`, all states, and the states after each token."""
+    rates = {"A_log": A_log, "dt_bias": dt_bias, "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel}
+    rates |= {"allow_neg_eigval": allow_neg_eigval, "state_v_first": state_v_first}
+    B, T = v.shape[:2]
+    outputs, new, snapshots = [], list(state.unbind(0)), []
+    for b, s in enumerate(range(B) if state_indices is None else state_indices.tolist()):
+        if s < 0:
+            outputs.append(torch.zeros_like(v[b]))
+            snapshots.append(state.new_zeros(T, *state.shape[1:]))
+            continue
+        M, out, seen = state[s : s + 1], [], []
+        for t in range(T):
+            token = [x[b : b + 1, t : t + 1] for x in (q, k, v, g, beta)]
+            o, M = gated_delta_rule_reference(
+                *token, scale, M, use_qk_l2norm_in_kernel, None, product_dtype, **rates
+            )
+            out.append(o[0, 0])
+            seen.append(M[0].to(state.dtype))
+        outputs.append(torch.stack(out))
+        snapshots.append(torch.stack(seen))
+        new[s] = seen[-1]
+    return torch.stack(outputs), torch.stack(new), torch.stack(snapshots)

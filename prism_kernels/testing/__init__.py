@@ -8,7 +8,14 @@ import importlib
 from .budgets import Row, budget_rows
 from .spec import Case, ErrorCase, OpSpec
 
-CATALOGUES = ("causal_conv1d", "gated_delta_rule", "rms_norm", "selective_scan", "swiglu")
+CATALOGUES = (
+    "causal_conv1d",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
+    "rms_norm",
+    "selective_scan",
+    "swiglu",
+)
 
 
 def registry() -> list[OpSpec]:
