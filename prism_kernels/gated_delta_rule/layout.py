@@ -6,6 +6,7 @@ step c works on the first rows of the running state and nothing is spent on sequ
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,11 @@ class Layout:
         """Where the matrices, one per row and head, of steps c0:c1 lie."""
         per_unit = self.width * heads
         return slice(self.offsets[c0] * per_unit, self.offsets[c1] * per_unit)
+
+    def sizes(self, c0: int, c1: int, heads: int) -> list[int]:
+        """How many matrices each of the steps c0:c1 has."""
+        per_unit = self.width * heads
+        return [(b - a) * per_unit for a, b in pairwise(self.offsets[c0 : c1 + 1])]
 
     def store(self, rows: Tensor, c0: int, c1: int, x: Tensor, heads: int) -> None:
         """Undo `take` into `rows`, summing value heads that share a key head."""
