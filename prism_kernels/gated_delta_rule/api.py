@@ -136,7 +136,8 @@ def chunk_gated_delta_rule(
     op = "chunk_gated_delta_rule"
     if type(chunk_size) is not int or chunk_size not in (16, 32, 64):
         checks.check_choice(op, "chunk_size", chunk_size, [16, 32, 64])
-    _check_unneeded(op, cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu, chunk_indices=chunk_indices)
+    _check_unneeded(op, "cu_seqlens_cpu", cu_seqlens_cpu, cu_seqlens)
+    _check_unneeded(op, "chunk_indices", chunk_indices, cu_seqlens)
     _refuse(op, "cp_context", cp_context, "one sequence over several devices")
     options = Options(
         scale,
@@ -334,13 +335,13 @@ def _check_flags(op: str, options: Options) -> None:
             )
 
 
-def _check_unneeded(op: str, cu_seqlens: Tensor | None, **given: Tensor | None) -> None:
+def _check_unneeded(op: str, name: str, given: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """What flash-linear-attention takes to spare itself a wait, and nothing here needs."""
-    for name, t in given.items():
-        if t is not None and cu_seqlens is None:
-            checks.fail(op, f"`cu_seqlens` with `{name}`", "None", "It describes packed sequences.")
-        if t is not None:
-            checks.check_dtype(op, name, t, (torch.int32, torch.int64))
+    if given is None:
+        return
+    checks.check_dtype(op, name, given, (torch.int32, torch.int64))
+    if cu_seqlens is None:
+        checks.fail(op, f"`cu_seqlens` with `{name}`", "None", "It describes packed sequences.")
 
 
 def _refuse(op: str, name: str, value: object, what: str, advice: str = "") -> None:
