@@ -9,7 +9,9 @@ from .._core.runtime import launch
 from .kernels.decode import decode_kernel
 from .launch import padded
 
-BLOCK = {16: (16, 1), 32: (32, 1), 64: (32, 1), 128: (16, 1), 256: (16, 2)}  # values and warps, by padded K
+# Columns of values in a program: a row of the block is a line of memory in float32. Warps, by padded K: at most
+# 64 entries of the state a thread, which leaves room for 8 to 16 programs, 128 kB on their way, on a processor.
+BLOCK, WARPS = 32, {16: 1, 32: 1, 64: 1, 128: 2, 256: 4}
 
 
 def step(
@@ -33,9 +35,7 @@ def step(
     (B, T, HV, V), (H, K) = v.shape, q.shape[2:]
     if v_first:
         state, new = state.mT, new.mT
-    BK = padded(K)
-    BV, warps = BLOCK[BK]
-    BV = min(BV, padded(V))
+    BK, BV = padded(K), min(BLOCK, padded(V))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     A_log, dt_bias, indices = (None if x is None else x.contiguous() for x in (A_log, dt_bias, indices))
     o = v.new_empty(v.shape)
@@ -51,6 +51,6 @@ def step(
         H=H, HV=HV, K=K, V=V, BK=BK, BV=BV, SCALE=scale, L2=l2norm,
         G="none" if g is None else "log" if A_log is None else "raw", BIAS=dt_bias is not None,
         BETA=beta is not None, BETA_TOP=beta_top, POOL=indices is not None, SNAPSHOTS=snapshots,
-        ACC=tl.float64 if q.dtype == torch.float64 else tl.float32, num_warps=warps, num_stages=1,
+        ACC=tl.float64 if q.dtype == torch.float64 else tl.float32, num_warps=WARPS[BK], num_stages=1,
     )  # fmt: skip
     return o, taken

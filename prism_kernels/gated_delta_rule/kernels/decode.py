@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..._core.tl_math import narrow
-from .recurrent import load_token
+from .recurrent import unit
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def decode_kernel(
         i_s = tl.load(p_indices + i_b).to(tl.int64)
     live = (i_s >= 0) & (i_s < S)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_v, m_kv = o_v < V, (o_k < K)[:, None] & (o_v < V)[None, :]
+    m_k, m_v, m_kv = o_k < K, o_v < V, (o_k < K)[:, None] & (o_v < V)[None, :]
     p_state += i_s * state_s + i_hv * state_h
     p_new += i_s * new_s + i_hv * new_h
     o_snapshot = o_k[:, None] * snapshot_k + o_v[None, :] * snapshot_v
@@ -72,11 +72,14 @@ def decode_kernel(
         o_kv = o_k[:, None] * state_k + o_v[None, :] * state_v
         M = tl.load(p_state + o_kv, mask=m_kv, other=0.0).to(ACC)
         for t in range(0, T):
-            k = load_token(p_k + i_b * k_b + t * k_t + i_h * k_h, o_k, K, L2, ACC)
-            q = load_token(p_q + i_b * q_b + t * q_t + i_h * q_h, o_k, K, L2, ACC)
+            # All loads of a token before the first use of one: they wait together.
+            k = tl.load(p_k + i_b * k_b + t * k_t + i_h * k_h + o_k, mask=m_k, other=0.0).to(ACC)
+            q = tl.load(p_q + i_b * q_b + t * q_t + i_h * q_h + o_k, mask=m_k, other=0.0).to(ACC)
             v = tl.load(p_v + i_b * v_b + t * v_t + i_hv * v_h + o_v, mask=m_v, other=0.0).to(ACC)
-            M *= load_decay(p_g, p_rate, p_bias, i_b * g_b + t * g_t + i_hv * g_h, i_hv, G, BIAS, ACC)
+            decay = load_decay(p_g, p_rate, p_bias, i_b * g_b + t * g_t + i_hv * g_h, i_hv, G, BIAS, ACC)
             beta = load_strength(p_beta, i_b * beta_b + t * beta_t + i_hv * beta_h, BETA, BETA_TOP, ACC)
+            k, q = unit(k, L2), unit(q, L2)
+            M *= decay
             u = (v - tl.sum(k[:, None] * M, 0)) * beta
             M += k[:, None] * u[None, :]
             o = tl.sum(q[:, None] * M, 0) * SCALE

@@ -12,13 +12,18 @@ from ..._core.tl_math import narrow
 
 
 @triton.jit
-def load_token(p, o, D: tl.constexpr, L2: tl.constexpr, ACC: tl.constexpr):
-    """One row of a head, widened, of length one if L2."""
-    x = tl.load(p + o, mask=o < D, other=0.0).to(ACC)
+def unit(x, L2: tl.constexpr):
+    """A row, of length one if L2."""
     if L2:
         return x * (1.0 / tl.sqrt(tl.sum(x * x, 0) + 1e-6))
     else:
         return x
+
+
+@triton.jit
+def load_token(p, o, D: tl.constexpr, L2: tl.constexpr, ACC: tl.constexpr):
+    """One row of a head, widened, of length one if L2."""
+    return unit(tl.load(p + o, mask=o < D, other=0.0).to(ACC), L2)
 
 
 @triton.jit
