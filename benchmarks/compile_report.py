@@ -85,7 +85,13 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
         for size in (64, 32, 128):
             calls.append((f"K=V={size} {short}", partial(_delta, pk.chunk_gated_delta_rule, size, dtype)))
         calls.append((f"K=V=64 l2 {short}", partial(_delta, pk.chunk_gated_delta_rule, 64, dtype, l2=True)))
-        calls.append((f"K=V=64 {short}", partial(_delta, pk.fused_recurrent_gated_delta_rule, 64, dtype)))
+        for size in (64, 128):
+            recurrent = partial(_delta, pk.fused_recurrent_gated_delta_rule, size, dtype)
+            calls.append((f"K=V={size} {short}", recurrent))
+        calls.append((f"K=V=64 packed {short}", partial(_delta_packed, dtype)))
+        for size in (128, 64, 256):
+            calls.append((f"step K=V={size} {short}", partial(_delta_step, size, dtype)))
+        calls.append((f"step K=V=128 drafts {short}", partial(_delta_step, 128, dtype, drafts=True)))
         for P, N in ((1, 16), (1, 64), (32, 64)):
             calls.append((f"P{P} N{N} {short}", partial(_scan, P, N, dtype)))
         calls.append((f"step P1 N16 {short}", partial(_scan_step, 1, 16, dtype)))
@@ -133,6 +139,27 @@ def _delta(op: Callable, size: int, dtype: torch.dtype, l2: bool = False) -> tup
     g, beta, h0 = _leaf(2, 256, 16), _leaf(2, 256, 16), _leaf(2, 16, size, size)
     options = {"output_final_state": True, "use_qk_l2norm_in_kernel": l2, "impl": "triton"}
     return op(q, k, v, g, beta=beta, initial_state=h0, **options)
+
+
+def _delta_packed(dtype: torch.dtype) -> tuple:
+    (q, k), v = (_leaf(1, 256, 8, 64, dtype=dtype) for _ in range(2)), _leaf(1, 256, 16, 64, dtype=dtype)
+    g, beta, h0 = _leaf(1, 256, 16), _leaf(1, 256, 16), _leaf(2, 16, 64, 64)
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True, "impl": "triton"}
+    bounds = torch.zeros(3, dtype=torch.int32)
+    return pk.fused_recurrent_gated_delta_rule(
+        q, k, v, g, beta=beta, initial_state=h0, cu_seqlens=bounds, **options
+    )
+
+
+def _delta_step(size: int, dtype: torch.dtype, drafts: bool = False) -> tuple:
+    """Everything a model decodes with; draft tokens on a state in the dtype of q."""
+    T, rates = 4 if drafts else 1, torch.zeros(2, 16)
+    q, k, v = (torch.zeros(2, T, 16, size, dtype=dtype) for _ in range(3))
+    pool = torch.zeros(8, 16, size, size, dtype=dtype if drafts else torch.float32)
+    options = {f"use_{name}_in_kernel": True for name in ("qk_l2norm", "gate", "beta_sigmoid")}
+    options |= {"A_log": rates[0], "dt_bias": rates[1], "state_indices": torch.arange(2, dtype=torch.int32)}
+    options |= {"output_snapshots": drafts, "inplace": True, "impl": "triton"}
+    return pk.gated_delta_rule_step(pool, q, k, v, q[..., 0].float(), q[..., 0].float(), **options)[:1]
 
 
 def _scan_arguments(P: int, N: int, dtype: torch.dtype) -> tuple[tuple, dict]:

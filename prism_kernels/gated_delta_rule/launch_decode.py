@@ -9,8 +9,8 @@ from .._core.runtime import launch
 from .kernels.decode import decode_kernel
 from .launch import padded
 
-# Columns of values in a program: a row of the block is a line of memory in float32. Warps, by padded K: at most
-# 64 entries of the state a thread, which leaves room for 8 to 16 programs, 128 kB on their way, on a processor.
+# Values per program, so that a row of its block is a line of memory in float32. Warps, by padded K: at most
+# 64 entries of the state in a thread, so that a multiprocessor has blocks of 128 kB in all on their way.
 BLOCK, WARPS = 32, {16: 1, 32: 1, 64: 1, 128: 2, 256: 4}
 
 
@@ -49,8 +49,9 @@ def step(
         state, q, k, v, g, beta, A_log, dt_bias, indices, new, o, taken, T, state.shape[0],
         *state.stride(), *new.stride(), *((1, K) if v_first else (V, 1)), *strides,
         H=H, HV=HV, K=K, V=V, BK=BK, BV=BV, SCALE=scale, L2=l2norm,
-        G="none" if g is None else "log" if A_log is None else "raw", BIAS=dt_bias is not None,
-        BETA=beta is not None, BETA_TOP=beta_top, POOL=indices is not None, SNAPSHOTS=snapshots,
+        DECAY="none" if g is None else "log" if A_log is None else "raw", HAS_BIAS=dt_bias is not None,
+        STRENGTH="none" if beta is None else "raw" if beta_top else "given", TOP=beta_top,
+        POOL=indices is not None, SNAPSHOTS=snapshots,
         ACC=tl.float64 if q.dtype == torch.float64 else tl.float32, num_warps=WARPS[BK], num_stages=1,
     )  # fmt: skip
     return o, taken

@@ -13,7 +13,7 @@ from torch import Tensor
 from prism_kernels._core.runtime import Launch
 from prism_kernels.causal_conv1d.op import causal_conv1d_state_update
 from prism_kernels.testing import Case
-from prism_kernels.testing.catalogue import gated_delta_rule, selective_scan
+from prism_kernels.testing.catalogue import gated_delta_rule, gated_delta_rule_step, selective_scan
 from prism_kernels.testing.inputs import Draw
 
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,8 +47,11 @@ def _delta(dtype: torch.dtype) -> Iterator[tuple]:
             name = f"K{K} V{V} C{C}" + " unit keys" * unit
             options = {"chunk_size": C, "use_qk_l2norm_in_kernel": unit}
             yield "chunk_gated_delta_rule", name, partial(draw, name, (1, 70, 2, K, V), **options)
+    for K, V in (*((w, w) for w in (*WIDTHS, 256)), (128, 64), (40, 128)):
         name = f"K{K} V{V}"
         yield "fused_recurrent_gated_delta_rule", name, partial(draw, name, (1, 19, 2, K, V))
+        step = partial(gated_delta_rule_step.draw_case, Draw(0, dtype), name, (2, 3, 2, K, V))
+        yield "gated_delta_rule_step", name, partial(step, groups=2, rows=[3, 0], **gated_delta_rule_step.ALL)
 
 
 def _scan(dtype: torch.dtype) -> Iterator[tuple]:

@@ -16,29 +16,29 @@ def softplus(x):
 
 
 @triton.jit
-def load_decay(p_g, p_rate, p_bias, o, i_hv, G: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr):
+def load_decay(p_g, p_rate, p_bias, o, i_hv, DECAY: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr):
     """Decay of a token: none, from its logarithm, or from raw input."""
-    if G == "none":
+    if DECAY == "none":
         return tl.full([], 1.0, ACC)
     else:
         g = tl.load(p_g + o).to(ACC)
-        if G == "raw":
-            if BIAS:
+        if DECAY == "raw":
+            if HAS_BIAS:
                 g += tl.load(p_bias + i_hv).to(ACC)
             g = -tl.exp(tl.load(p_rate + i_hv).to(ACC)) * softplus(g)
         return tl.exp(g)
 
 
 @triton.jit
-def load_strength(p_beta, o, BETA: tl.constexpr, BETA_TOP: tl.constexpr, ACC: tl.constexpr):
-    """Write strength of a token: 1, as given, or from its logit."""
-    if BETA:
-        beta = tl.load(p_beta + o).to(ACC)
-        if BETA_TOP > 0:
-            beta = BETA_TOP / (1.0 + tl.exp(-beta))
-        return beta
-    else:
+def load_strength(p_beta, o, STRENGTH: tl.constexpr, TOP: tl.constexpr, ACC: tl.constexpr):
+    """Write strength of a token: 1, as given, or TOP times the sigmoid of a logit."""
+    if STRENGTH == "none":
         return tl.full([], 1.0, ACC)
+    else:
+        beta = tl.load(p_beta + o).to(ACC)
+        if STRENGTH == "raw":
+            beta = TOP / (1.0 + tl.exp(-beta))
+        return beta
 
 
 @triton.jit(do_not_specialize=["T", "S"])
@@ -49,8 +49,8 @@ def decode_kernel(
     state_s, state_h, state_k, state_v, new_s, new_h, new_k, new_v, snapshot_k, snapshot_v,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, beta_b, beta_t, beta_h,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SCALE: tl.constexpr, L2: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, BETA: tl.constexpr,
-    BETA_TOP: tl.constexpr, POOL: tl.constexpr, SNAPSHOTS: tl.constexpr, ACC: tl.constexpr,
+    SCALE: tl.constexpr, L2: tl.constexpr, DECAY: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STRENGTH: tl.constexpr, TOP: tl.constexpr, POOL: tl.constexpr, SNAPSHOTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """T tokens of one row and head against a block of values of the state that the row names; rows that name
     none give 0. `p_new` may be `p_state`: nobody else reads or writes that block. Grid (B * HV * V / BV).
@@ -76,8 +76,9 @@ def decode_kernel(
             k = tl.load(p_k + i_b * k_b + t * k_t + i_h * k_h + o_k, mask=m_k, other=0.0).to(ACC)
             q = tl.load(p_q + i_b * q_b + t * q_t + i_h * q_h + o_k, mask=m_k, other=0.0).to(ACC)
             v = tl.load(p_v + i_b * v_b + t * v_t + i_hv * v_h + o_v, mask=m_v, other=0.0).to(ACC)
-            decay = load_decay(p_g, p_rate, p_bias, i_b * g_b + t * g_t + i_hv * g_h, i_hv, G, BIAS, ACC)
-            beta = load_strength(p_beta, i_b * beta_b + t * beta_t + i_hv * beta_h, BETA, BETA_TOP, ACC)
+            o_g, o_beta = i_b * g_b + t * g_t + i_hv * g_h, i_b * beta_b + t * beta_t + i_hv * beta_h
+            decay = load_decay(p_g, p_rate, p_bias, o_g, i_hv, DECAY, HAS_BIAS, ACC)
+            beta = load_strength(p_beta, o_beta, STRENGTH, TOP, ACC)
             k, q = unit(k, L2), unit(q, L2)
             M *= decay
             u = (v - tl.sum(k[:, None] * M, 0)) * beta
