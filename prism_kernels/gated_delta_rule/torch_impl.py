@@ -157,7 +157,7 @@ def backward(
 
 def gradients(
     x: Operands, products: Tensor, decay: Tensor, E: Tensor, S: Tensor, dOR: Tensor, dS: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qk, v, g, beta of one segment from both recurrences; uses up `products` and x.D."""
     C = E.shape[1]
     dR = dOR[:, C:]
