@@ -15,6 +15,7 @@ from prism_kernels import (
     causal_conv1d,
     chunk_gated_delta_rule,
     fused_recurrent_gated_delta_rule,
+    gated_delta_rule_step,
     rms_norm,
     selective_scan,
     selective_scan_step,
@@ -22,7 +23,10 @@ from prism_kernels import (
 )
 from prism_kernels._core.runtime import triton_is_installed
 from prism_kernels.causal_conv1d.reference import causal_conv1d_reference
-from prism_kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from prism_kernels.gated_delta_rule.reference import (
+    gated_delta_rule_reference,
+    gated_delta_rule_step_reference,
+)
 from prism_kernels.rms_norm.reference import rms_norm_reference
 from prism_kernels.selective_scan.reference import scan_reference
 from prism_kernels.swiglu.reference import swiglu_reference
@@ -375,4 +379,53 @@ add_op(
         definition=define_swiglu,
     ),
     run_swiglu,
+)
+
+
+# Decoding with the gated delta rule: gates from raw inputs too, as models have them.
+
+RAW = {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+
+
+def draw_decode(setting: Setting) -> Tensors:
+    s, draw = setting.sizes, Draw(1, setting.dtype)
+    tensors = draw_delta(True, setting)
+    shape = tuple(s[n] for n in "BTH")
+    raw = {"g": draw.wide_normal(*shape), "beta": draw.wide_normal(*shape)}
+    raw |= {"A_log": draw.gate(s["H"], low=-3.0, high=0.0), "dt_bias": draw.wide_normal(s["H"])}
+    return {"state": tensors.pop("initial_state")} | tensors | raw
+
+
+def run_decode(t: Tensors, impl: str) -> Tensors:
+    o, state, _ = gated_delta_rule_step(**t, **RAW, use_gate_in_kernel=True, impl=impl)
+    return {"o": o, "new_state": state}
+
+
+def define_decode(setting: Setting, product_dtype: torch.dtype | None) -> Callable:
+    def definition(t: Tensors) -> Tensors:
+        options = RAW | {"scale": t["q"].shape[-1] ** -0.5, "product_dtype": product_dtype}
+        o, state, _ = gated_delta_rule_step_reference(**t, **options)
+        return {"o": o, "new_state": state}
+
+    return definition
+
+
+add_op(
+    Bench(
+        name="gated_delta_rule_step",
+        kind="op",
+        axes={"state": "BHKV"} | DELTA | {"A_log": "H", "dt_bias": "H"},
+        outputs={"o": "BTHV", "new_state": "BHKV"},
+        shapes=("B64_T1_H16_D128", "B64_T4_H16_D128"),
+        cpu=("B16_T1_H8_D64",),
+        draw=draw_decode,
+        floor=partial(delta_floor, True),
+        oracle=lambda setting: partial(run_decode, impl="torch"),
+        definition=define_decode,
+        aliases=head_width,
+        split="H",
+        looped=True,
+        directions=("forward",),
+    ),
+    run_decode,
 )

@@ -173,6 +173,27 @@ register("fused_recurrent_gated_delta_rule", "flash-linear-attention", fla_recur
 register("fused_recurrent_gated_delta_rule", "transformers", transformers_recurrent)
 
 
+def decoding(recurrent: Callable[[Setting], Adapter], setting: Setting) -> Adapter:
+    """A step by a function without gates of its own, which are made before it, as models do."""
+    peer = recurrent(setting)
+
+    def call(t: Tensors) -> Tensors:
+        made = {n: t[n] for n in "qkv"} | {"initial_state": t["state"], "beta": t["beta"].sigmoid()}
+        outputs = peer.call(made | {"g": -t["A_log"].exp() * F.softplus(t["g"] + t["dt_bias"])})
+        return {"o": outputs["o"], "new_state": outputs["final_state"]}
+
+    return Adapter(call, note=peer.note)
+
+
+for name, peer in (
+    ("eager time loop", partial(eager_delta, True, False)),
+    ("torch.compile", partial(eager_delta, True, True)),
+    ("flash-linear-attention", fla_recurrent),
+    ("transformers", transformers_recurrent),
+):
+    register("gated_delta_rule_step", name, partial(decoding, peer))
+
+
 # The selective scan.
 
 

@@ -15,6 +15,7 @@ from benchmarks.registry import benches
 SMALLEST = {
     "chunk_gated_delta_rule": "B1_T1_H1_D8",
     "fused_recurrent_gated_delta_rule": "B1_T1_H1_D8",
+    "gated_delta_rule_step": "B1_T1_H1_D8",
     "selective_scan": "B1_T1_H1_P8_N4",
     "selective_scan_step": "B1_H1_P8_N4",
     "causal_conv1d": "B1_T1_D8_W4",
@@ -24,6 +25,7 @@ SMALLEST = {
 SMALL = {
     "chunk_gated_delta_rule": "B2_T128_H2_D32",
     "fused_recurrent_gated_delta_rule": "B4_T1_H2_D32",
+    "gated_delta_rule_step": "B4_T1_H2_D32",
     "selective_scan": "B2_T64_H2_P16_N16",
     "selective_scan_step": "B4_H2_P16_N16",
     "causal_conv1d": "B2_T128_D64_W4",
@@ -55,7 +57,7 @@ def test_forward(benchmark, op):
     assert all(torch.isfinite(y).all() for y in outputs.values())
 
 
-@pytest.mark.parametrize("op", [op for op in SMALL if op != "selective_scan_step"])
+@pytest.mark.parametrize("op", [op for op in SMALL if not op.endswith("_step")])
 def test_forward_and_backward(benchmark, op):
     bench, call, tensors = prepared(op, SMALL[op])
     with torch.no_grad():
