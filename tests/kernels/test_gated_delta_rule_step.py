@@ -181,6 +181,19 @@ def test_a_cuda_graph_replays_with_new_contents():
     assert torch.equal(o, expected.o) and torch.equal(pool, expected.state)
 
 
+@pytest.mark.gpu
+def test_pools_beyond_32_bits():
+    D, HV, S = 128, 16, 2**13 + 2
+    pool = torch.zeros(S, HV, D, D, dtype=torch.bfloat16, device=DEVICE)
+    given = tokens(11, 2, 2, H=HV, K=D, V=D, groups=1, dtype=torch.bfloat16)
+    rows = torch.tensor([S - 1, 0], device=DEVICE)
+    expected = gated_delta_rule_step(
+        pool[:2].clone(), **given, state_indices=torch.tensor([1, 0], device=DEVICE)
+    )
+    got = gated_delta_rule_step(pool, **given, state_indices=rows, inplace=True)
+    assert torch.equal(got.o, expected.o) and torch.equal(pool[[S - 1, 0]], expected.state[[1, 0]])
+
+
 @pytest.mark.parametrize("K, V", [(16, 16), (32, 40), (64, 64), (128, 128), (192, 256)])
 def test_heads_of_every_width(K, V):
     dtype = torch.float32

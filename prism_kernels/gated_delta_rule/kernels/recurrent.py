@@ -53,7 +53,7 @@ def recurrent_kernel(
     i_h = i_hv // (HV // H)
     start, length, row = span(p_bounds, i_s, T, EVERY, PACKED)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_v, m_kv = o_v < V, (o_k < K)[:, None] & (o_v < V)[None, :]
+    m_k, m_v, m_kv = o_k < K, o_v < V, (o_k < K)[:, None] & (o_v < V)[None, :]
     o_kv = o_k[:, None] * V + o_v[None, :]
     M = tl.zeros([BK, BV], ACC)
     if FIRST:
@@ -62,11 +62,14 @@ def recurrent_kernel(
         if SAVE and t % EVERY == 0:
             tl.store(p_checkpoints + ((row + t // EVERY) * HV + i_hv) * K * V + o_kv, M, mask=m_kv)
         of_key, of_value = (start + t) * H + i_h, (start + t) * HV + i_hv
-        k = load_token(p_k + of_key * K, o_k, K, L2, ACC)
-        q = load_token(p_q + of_key * K, o_k, K, L2, ACC)
+        # All loads of a token before the first use of one: they wait together.
+        k = tl.load(p_k + of_key * K + o_k, mask=m_k, other=0.0).to(ACC)
+        q = tl.load(p_q + of_key * K + o_k, mask=m_k, other=0.0).to(ACC)
         v = tl.load(p_v + of_value * V + o_v, mask=m_v, other=0.0).to(ACC)
-        M *= tl.exp(tl.load(p_g + of_value))
-        u = (v - tl.sum(k[:, None] * M, 0)) * tl.load(p_beta + of_value)
+        g, beta = tl.load(p_g + of_value), tl.load(p_beta + of_value)
+        k, q = unit(k, L2), unit(q, L2)
+        M *= tl.exp(g)
+        u = (v - tl.sum(k[:, None] * M, 0)) * beta
         M += k[:, None] * u[None, :]
         o = tl.sum(q[:, None] * M, 0) * SCALE
         tl.store(p_o + of_value * V + o_v, narrow(o, p_o.dtype.element_ty), mask=m_v)
