@@ -46,15 +46,19 @@ def step(
         x.expand(*v.shape[:3], -1).movedim(1, 0).flatten(1, 2)[:, :, None]
         for x in (v, g.exp()[..., None], beta[..., None])
     )
-    M = torch.empty(n * HV, K, V, dtype=wide, device=v.device)
-    M.view(n, HV, K, V).copy_(state[at])
+    inside = indices is None and new.dtype == wide and new.is_contiguous()  # no other room is needed
+    states = new if inside else torch.empty(n, HV, K, V, dtype=wide, device=v.device)
+    torch.mul(state[at], decay[0].view(n, HV, 1, 1), out=states)
+    M = states.view(n * HV, K, V)
     for t in range(T):
-        M.mul_(decay[t])
+        if t > 0:
+            M.mul_(decay[t])
         write = torch.baddbmm(v[t], k[t, :, None], M, alpha=-1).mul_(beta[t])
-        M.baddbmm_(k[t, :, :, None], write)
+        M.addcmul_(k[t, :, :, None], write)
         o[live, t] = torch.bmm(q[t, :, None], M).view(n, HV, V).to(o.dtype)
         if snapshots:
-            after = M.view(n, HV, K, V).to(taken.dtype)
+            after = states.to(taken.dtype)
             taken[live, t] = after.mT if v_first else after
-    new[at] = M.view(n, HV, K, V).to(new.dtype)
+    if not inside:
+        new[at] = states.to(new.dtype)
     return o, taken
