@@ -71,7 +71,8 @@ def decode_kernel(
     if live:
         o_kv = o_k[:, None] * state_k + o_v[None, :] * state_v
         M = tl.load(p_state + o_kv, mask=m_kv, other=0.0).to(ACC)
-        for t in range(0, T):
+        for i_bt in range(i_b * T, i_b * T + T):
+            t = i_bt - i_b * T
             # All loads of a token before the first use of one: they wait together.
             k = tl.load(p_k + i_b * k_b + t * k_t + i_h * k_h + o_k, mask=m_k, other=0.0).to(ACC)
             q = tl.load(p_q + i_b * q_b + t * q_t + i_h * q_h + o_k, mask=m_k, other=0.0).to(ACC)
@@ -84,7 +85,7 @@ def decode_kernel(
             u = (v - tl.sum(k[:, None] * M, 0)) * beta
             M += k[:, None] * u[None, :]
             o = tl.sum(q[:, None] * M, 0) * SCALE
-            token = (i_b * T + t) * HV + i_hv
+            token = i_bt * HV + i_hv
             tl.store(p_o + token * V + o_v, narrow(o, p_o.dtype.element_ty), mask=m_v)
             if SNAPSHOTS:
                 snapshot = narrow(M, p_snapshots.dtype.element_ty)
@@ -92,8 +93,8 @@ def decode_kernel(
         o_kv = o_k[:, None] * new_k + o_v[None, :] * new_v
         tl.store(p_new + o_kv, narrow(M, p_new.dtype.element_ty), mask=m_kv)
     else:
-        for t in range(0, T):
-            token = (i_b * T + t) * HV + i_hv
+        for i_bt in range(i_b * T, i_b * T + T):
+            token = i_bt * HV + i_hv
             tl.store(p_o + token * V + o_v, tl.zeros([BV], p_o.dtype.element_ty), mask=m_v)
             if SNAPSHOTS:
                 zero = tl.zeros([BK, BV], p_snapshots.dtype.element_ty)
