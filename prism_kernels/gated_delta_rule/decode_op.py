@@ -74,11 +74,11 @@ def advance(
         check_step_values(state, k, v, *gate, indices, l2norm, beta_top)
     with without_autocast(q.device):
         if impl == "triton":
-            from . import launch_decode as path
+            from .launch_decode import step as run
         else:
-            from . import decode_torch as path
-        options = (scale, l2norm, beta_top, v_first, snapshots)
-        return path.step(state, new, q, k, v, *gate, indices, *options)
+            from .decode_torch import step as run
+        given = (state, new, q, k, v, *gate, indices)
+        return run(*given, scale, l2norm, beta_top, v_first, snapshots)
 
 
 @torch.library.custom_op("prism_kernels::gated_delta_rule_step", mutates_args=())

@@ -1,5 +1,7 @@
 """Decoding in pure PyTorch: products of all rows and heads at once, token by token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,8 @@ def step(
     taken = state.new_zeros((B, T, HV, *state.shape[2:]) if snapshots else (0,))
     if v_first:
         state, new = state.mT, new.mT
-    live, at = slice(None), slice(None)
+    live: Any = slice(None)
+    at: Any = slice(None)
     if indices is not None:
         live = (indices >= 0).nonzero()[:, 0]
         at = indices[live].long()

@@ -1,5 +1,7 @@
 """Launchers of the token-by-token kernels. Imports Triton; op.py imports it lazily."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +16,7 @@ PROGRAMS = 1024  # of the backward pass, each with EVERY states of scratch; more
 SUM_ROWS = 16  # rows per program of `sum_kernel`
 
 
-def constants(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, l2norm: bool
-) -> dict[str, object]:
+def constants(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, l2norm: bool) -> dict[str, Any]:
     """What forward and backward take. Two blocks of a state fit the registers of four warps at any width."""
     (H, K), (HV, V) = q.shape[2:], v.shape[2:]
     return {
@@ -84,7 +84,7 @@ def backward(
     (B, T, HV, V), K = v.shape, q.shape[3]
     common = constants(q, v, cu_seqlens, scale, l2norm)
     BK, BV, packed = common["BK"], common["BV"], cu_seqlens is not None
-    S, NV = cu_seqlens.shape[0] - 1 if packed else B, triton.cdiv(V, BV)
+    S, NV = B if cu_seqlens is None else cu_seqlens.shape[0] - 1, triton.cdiv(V, BV)
     units = S * HV * NV
     programs = min(units, PROGRAMS)
     new = g.new_zeros if packed else g.new_empty  # padding has a gradient of 0

@@ -95,8 +95,6 @@ def gated_delta_rule_step_reference(
     state_v_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row of a batch from the state that it names: `o`, all states, and the states after each token."""
-    rates = {"A_log": A_log, "dt_bias": dt_bias, "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel}
-    rates |= {"allow_neg_eigval": allow_neg_eigval, "state_v_first": state_v_first}
     B, T = v.shape[:2]
     outputs, new, snapshots = [], list(state.unbind(0)), []
     for b, s in enumerate(range(B) if state_indices is None else state_indices.tolist()):
@@ -106,9 +104,22 @@ def gated_delta_rule_step_reference(
             continue
         M, out, seen = state[s : s + 1], [], []
         for t in range(T):
-            token = [x[b : b + 1, t : t + 1] for x in (q, k, v, g, beta)]
+            q_t, k_t, v_t, g_t, beta_t = (x[b : b + 1, t : t + 1] for x in (q, k, v, g, beta))
             o, M = gated_delta_rule_reference(
-                *token, scale, M, use_qk_l2norm_in_kernel, None, product_dtype, **rates
+                q_t,
+                k_t,
+                v_t,
+                g_t,
+                beta_t,
+                scale,
+                M,
+                use_qk_l2norm_in_kernel,
+                product_dtype=product_dtype,
+                A_log=A_log,
+                dt_bias=dt_bias,
+                use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+                allow_neg_eigval=allow_neg_eigval,
+                state_v_first=state_v_first,
             )
             out.append(o[0, 0])
             seen.append(M[0].to(state.dtype))
