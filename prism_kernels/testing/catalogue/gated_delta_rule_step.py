@@ -91,7 +91,8 @@ def random_case(draw: Draw) -> Case:
     rows = None
     if draw.flag("state_indices"):
         rows = torch.randperm(pool, generator=draw.generator)[:B].tolist()
-        rows = [-1 if draw.flag(f"padding {b}") else s for b, s in enumerate(rows)]
+        # one is left to differentiate
+        rows = [-1 if b and draw.flag(f"padding {b}") else s for b, s in enumerate(rows)]
     gate, reflecting = draw.flag("gate"), draw.flag("allow_neg_eigval")
     sigmoid = draw.flag("sigmoid") or reflecting
     needed = {"g": gate, "beta": sigmoid, "dt_bias": False}
