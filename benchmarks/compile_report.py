@@ -42,6 +42,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -82,13 +83,14 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
         calls.append((f"D2048 W4 packed {short}", partial(_conv_packed, dtype)))
         calls.append((f"D2048 W4 documents {short}", partial(_conv_documents, dtype)))
         calls.append((f"D2048 W4 L4 ring {short}", partial(_conv_update, dtype)))
-        for size in (64, 32, 128):
+        for size in (64, 32, 128, 256):
             calls.append((f"K=V={size} {short}", partial(_delta, pk.chunk_gated_delta_rule, size, dtype)))
         calls.append((f"K=V=64 l2 {short}", partial(_delta, pk.chunk_gated_delta_rule, 64, dtype, l2=True)))
         for size in (64, 128):
             recurrent = partial(_delta, pk.fused_recurrent_gated_delta_rule, size, dtype)
             calls.append((f"K=V={size} {short}", recurrent))
-        calls.append((f"K=V=64 packed {short}", partial(_delta_packed, dtype)))
+        for op in (pk.fused_recurrent_gated_delta_rule, pk.chunk_gated_delta_rule):
+            calls.append((f"K=V=64 packed {short}", partial(_delta_packed, op, dtype)))
         for size in (128, 64, 256):
             calls.append((f"step K=V={size} {short}", partial(_delta_step, size, dtype)))
         calls.append((f"step K=V=128 drafts {short}", partial(_delta_step, 128, dtype, drafts=True)))
@@ -141,14 +143,12 @@ def _delta(op: Callable, size: int, dtype: torch.dtype, l2: bool = False) -> tup
     return op(q, k, v, g, beta=beta, initial_state=h0, **options)
 
 
-def _delta_packed(dtype: torch.dtype) -> tuple:
+def _delta_packed(op: Callable, dtype: torch.dtype) -> tuple:
     (q, k), v = (_leaf(1, 256, 8, 64, dtype=dtype) for _ in range(2)), _leaf(1, 256, 16, 64, dtype=dtype)
     g, beta, h0 = _leaf(1, 256, 16), _leaf(1, 256, 16), _leaf(2, 16, 64, 64)
     options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True, "impl": "triton"}
     bounds = torch.zeros(3, dtype=torch.int32)
-    return pk.fused_recurrent_gated_delta_rule(
-        q, k, v, g, beta=beta, initial_state=h0, cu_seqlens=bounds, **options
-    )
+    return op(q, k, v, g, beta=beta, initial_state=h0, cu_seqlens=bounds, **options)
 
 
 def _delta_step(size: int, dtype: torch.dtype, drafts: bool = False) -> tuple:

@@ -12,7 +12,6 @@ from . import op as ops
 from .reference import gated_delta_rule_reference
 
 LARGEST = 256
-LARGEST_TRITON = 128
 
 
 class GatedDeltaRuleOutput(NamedTuple):
@@ -213,7 +212,7 @@ def _call(op: str, x: Inputs, options: Options) -> GatedDeltaRuleOutput:
     """Either function."""
     check(op, x, options)
     wanted = options.output_final_state
-    impl = choose_impl(op, options.impl, x.q.device, triton_lacks=_triton_lacks(x, options.chunk_size))
+    impl = choose_impl(op, options.impl, x.q.device, triton_lacks=_triton_lacks(x.k))
     wide, per_token = accumulate_dtype(x.q.dtype), x.v.shape[:3]
     x = x._replace(
         g=x.v.new_zeros(per_token, dtype=wide) if x.g is None else x.g,
@@ -352,17 +351,9 @@ def _refuse(op: str, name: str, value: object, what: str, advice: str = "") -> N
         checks.fail(op, f"`{name}` None ({what}: not covered)", got, advice, NotImplementedError)
 
 
-def _triton_lacks(x: Inputs, chunk_size: int | None) -> list[str]:
-    """What this call asks for beyond the kernels, in words; those token by token take any."""
-    H, K = x.k.shape[2:]
-    HV, V = x.v.shape[2:]
-    chunked, lacks = chunk_size is not None, []
-    if chunked and x.cu_seqlens is not None:
-        lacks.append("packed sequences (`cu_seqlens`)")
-    if chunked and HV != H:
-        lacks.append(f"grouped heads (HV = {HV}, H = {H})")
-    if chunked and max(K, V) > LARGEST_TRITON:
-        lacks.append(f"K or V above {LARGEST_TRITON} (K = {K}, V = {V})")
-    if x.k.dtype == torch.float64 and not interpreting():
+def _triton_lacks(k: Tensor) -> list[str]:
+    """What this call asks for beyond the kernels, in words."""
+    lacks = []
+    if k.dtype == torch.float64 and not interpreting():
         lacks.append("float64")
     return lacks

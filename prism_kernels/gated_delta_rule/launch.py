@@ -9,13 +9,10 @@ from .._core.runtime import accumulate_dtype, launch
 from .kernels import chunk_backward as chunk_backward_kernels
 from .kernels import chunk_forward as chunk_forward_kernels
 
-UNIT_ROWS = 16  # rows per program of `unnormalise_kernel`
-
 # Largest block of values and warps of the state kernels, by padded width of the head; 16-bit operands.
 # Blocks of 64 values would spill in the loop where the table says 32 (128 in both, 64 in `states_kernel`).
-SCAN = {16: (32, 2), 32: (32, 2), 64: (64, 4), 128: (32, 4)}
-STATES = {16: (32, 2), 32: (32, 2), 64: (32, 4), 128: (32, 4)}
-PREPARE_WARPS = {16: 1, 32: 1, 64: 2}  # by chunk size
+SCAN = {16: (32, 2), 32: (32, 2), 64: (64, 4), 128: (32, 4), 256: (32, 8)}
+STATES = {16: (32, 2), 32: (32, 2), 64: (32, 4), 128: (32, 4), 256: (32, 8)}
 
 
 def padded(width: int) -> int:
@@ -24,23 +21,74 @@ def padded(width: int) -> int:
 
 
 def inner_chunk(chunk_size: int, K: int, V: int, dtype: torch.dtype) -> int:
-    """Chunk used here: heads up to 32 wide and operands of 32 bits or more do best with at most 32."""
-    return min(chunk_size, 32 if max(K, V) <= 32 or dtype.itemsize > 2 else 64)
+    """Chunk used here: short ones where a block of the state, or products in float32, need the registers."""
+    widest = max(padded(K), padded(V))
+    if dtype.itemsize > 2:
+        return min(chunk_size, 16 if widest > 64 else 32)
+    return min(chunk_size, 64 if 32 < widest < 256 else 32)
 
 
-def constants(q: Tensor, v: Tensor, scale: float, l2norm: bool) -> dict:
+def prepare_warps(K: int, C: int, dtype: torch.dtype, l2norm: bool) -> int:
+    """More where products are in float32: they have more instructions and hold more registers."""
+    if dtype.itemsize > 2:
+        return wide_warps(K)
+    return (1 if l2norm and C < 64 else 2) * (2 if K > 128 else 1)
+
+
+def inputs_warps(K: int, dtype: torch.dtype) -> int:
+    """Four would spill from 64 on."""
+    return wide_warps(K) if dtype.itemsize > 2 else 8 if padded(K) > 32 else 4
+
+
+def wide_warps(K: int) -> int:
+    """Warps of kernels whose products are in float32 or wider."""
+    return 16 if padded(K) > 64 else 8
+
+
+def rows_of_chunks(B: int, T: int, C: int, cu_seqlens: Tensor | None) -> int:
+    """Rows R of what is kept per chunk: exact, or for packed sequences the bound of `kernels/common.py`."""
+    return B * triton.cdiv(T, C) if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
+
+
+def residuals(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, l2norm: bool, chunk_size: int
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of N, P, G and the factors of tokens, which the forward hands to its backward."""
+    (B, T, HV, V), K = v.shape, q.shape[3]
+    C = inner_chunk(chunk_size, K, V, q.dtype)
+    shape = (rows_of_chunks(B, T, C, cu_seqlens), HV, C)
+    N = (*shape, C), fixed(q.dtype)
+    # Differences of G must be exact to the last bit of what they decay.
+    G = torch.float64 if q.dtype.itemsize > 2 else torch.float32
+    factors = ((4 if l2norm else 2, *shape), accumulate_dtype(q.dtype))
+    return [N, ((*shape, C), q.dtype), (shape, G), factors]
+
+
+def fixed(dtype: torch.dtype) -> torch.dtype:
+    """How rows of fixed point are stored: with operands of 16 bits in as many, else as they are."""
+    return torch.int16 if dtype.itemsize == 2 else dtype
+
+
+def constants(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, l2norm: bool, C: int) -> dict:
     """What all kernels of the chunked form take."""
-    H, K = q.shape[2:]
-    ACC = tl.float64 if q.dtype == torch.float64 else tl.float32
-    return {"H": H, "K": K, "SCALE": scale, "L2": l2norm, "PRECISION": "ieee", "ACC": ACC}
+    (H, K), HV = q.shape[2:], v.shape[2]
+    return {
+        "H": H,
+        "HV": HV,
+        "K": K,
+        "BK": padded(K),
+        "C": C,
+        "SCALE": scale,
+        "L2": l2norm,
+        "PACKED": cu_seqlens is not None,
+        "PRECISION": "ieee",
+        "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
+    }
 
 
-def unpacked(residuals: list[Tensor], l2norm: bool) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """N, P, G and (beta, norm of q, norm of k), where norms that do not exist are any tensor. N and P are two
-    parts each; in 32 bits and more they are one, given twice."""
-    N, P, G, tokens = residuals
-    N, P = (x.expand(2, *x.shape[1:]) for x in (N, P))
-    return N, P, G, tuple(tokens if l2norm else tokens.expand(3, *tokens.shape[1:]))
+def factors(tokens: Tensor) -> tuple[Tensor, ...]:
+    """beta, the largest entry in each row of N, and the norms of q and k; those that do not exist are any."""
+    return tuple(tokens) if tokens.shape[0] == 4 else (*tokens, *tokens)
 
 
 def inverse_precision(dtype: torch.dtype, l2norm: bool) -> dict:
@@ -60,7 +108,7 @@ def narrower(table: dict[int, tuple[int, int]], K: int, V: int, dtype: torch.dty
     """Block of values, warps and stages of a state kernel for this head."""
     BV, warps = table[max(padded(K), padded(V))]
     if dtype.itemsize > 2:
-        return {"BV": min(32, padded(V)), "num_warps": 4, "num_stages": 1}
+        return {"BV": min(16 if padded(K) > 64 else 32, padded(V)), "num_warps": 8, "num_stages": 1}
     return {"BV": min(BV, padded(V)), "num_warps": warps, "num_stages": 2}
 
 
@@ -71,34 +119,41 @@ def chunk_forward(
     g: Tensor,
     beta: Tensor,
     initial_state: Tensor | None,
-    residuals: list[Tensor],
+    cu_seqlens: Tensor | None,
+    kept: list[Tensor],
     scale: float,
     l2norm: bool,
-    C: int,
 ) -> tuple[Tensor, Tensor]:
-    """Fill the residuals (N, P, G, per-token factors); return o and the final state."""
-    (B, T, H, K), V = q.shape, v.shape[3]
-    N, P, G, (b, norm_q, norm_k) = unpacked(residuals, l2norm)
-    steps, common = triton.cdiv(T, C), constants(q, v, scale, l2norm)
+    """Fill `kept`, see `residuals`; return o and the final state."""
+    (B, T, HV, V), K = v.shape, q.shape[3]
+    N, P, G, tokens = kept
+    R, _, C = G.shape
+    S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    common, bounds = constants(q, v, cu_seqlens, scale, l2norm, C), G if cu_seqlens is None else cu_seqlens
     half = min(C, 32)
     launch(
         chunk_forward_kernels.prepare_kernel,
-        (steps, B * H),
-        q, k, g, beta, *N, *P, G, b, norm_q, norm_k, T,
-        BK=padded(K), C=C, HALF=half, LOG_HALF=half.bit_length() - 1,
-        num_warps=PREPARE_WARPS[C], num_stages=1,
+        (R * HV,),
+        q, k, g, beta, bounds, N, P, G, *factors(tokens), T, S,
+        HALF=half, LOG_HALF=half.bit_length() - 1,
+        num_warps=prepare_warps(K, C, q.dtype, l2norm), num_stages=1,
         **common, **inverse_precision(q.dtype, l2norm),
     )  # fmt: skip
-    o, final = torch.empty_like(v), g.new_empty(B, H, K, V)
+    o, final = empty_tokens(v, cu_seqlens), g.new_empty(S, HV, K, V)
     blocks = narrower(SCAN, K, V, q.dtype)
     launch(
         chunk_forward_kernels.scan_kernel,
-        (triton.cdiv(V, blocks["BV"]), B * H),
-        q, k, v, *N, P[0], G, b, norm_q, norm_k, final if initial_state is None else initial_state,
+        (S * HV * triton.cdiv(V, blocks["BV"]),),
+        q, k, v, N, P, G, *factors(tokens), final if initial_state is None else initial_state, bounds,
         o, final, T,
-        V=V, BK=padded(K), C=C, FIRST=initial_state is not None, **common, **blocks,
+        V=V, FIRST=initial_state is not None, **common, **blocks,
     )  # fmt: skip
     return o, final
+
+
+def empty_tokens(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Room for one entry per token, contiguous; zero where padding may follow the last sequence."""
+    return like.new_empty(like.shape) if cu_seqlens is None else like.new_zeros(like.shape)
 
 
 def chunk_backward(
@@ -109,52 +164,40 @@ def chunk_backward(
     v: Tensor,
     g: Tensor,
     initial_state: Tensor | None,
-    residuals: list[Tensor],
+    cu_seqlens: Tensor | None,
+    kept: list[Tensor],
     scale: float,
     l2norm: bool,
-    C: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, beta and the initial state."""
-    (B, T, H, K), V = q.shape, v.shape[3]
-    N, P, G, (b, norm_q, norm_k) = unpacked(residuals, l2norm)
-    steps, common = triton.cdiv(T, C), constants(q, v, scale, l2norm)
-    parts = 2 if v.dtype.itemsize == 2 else 1
-    E, dR = (v.new_empty(parts, B, H, steps * C, V).expand(2, -1, -1, -1, -1) for _ in range(2))
-    S, dS = (v.new_empty(parts, B, H, steps, K, V).expand(2, *[-1] * 5) for _ in range(2))
-    dfirst = g.new_empty(B, H, K, V)
+    (B, T, HV, V), (H, K) = v.shape, q.shape[2:]
+    N, P, G, tokens = kept
+    R, _, C = G.shape
+    S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    common, bounds = constants(q, v, cu_seqlens, scale, l2norm, C), G if cu_seqlens is None else cu_seqlens
     blocks = narrower(STATES, K, V, q.dtype)
+    NV = triton.cdiv(V, blocks["BV"])
+    E, dR = (g.new_empty(R, HV, C, V, dtype=fixed(q.dtype)) for _ in range(2))
+    state, dstate = (g.new_empty(R, HV, K, V, dtype=fixed(q.dtype)) for _ in range(2))
+    E_top, dR_top = (g.new_empty(R, HV, NV, C) for _ in range(2))
+    state_top, dstate_top = (g.new_empty(R, HV, NV, K) for _ in range(2))
+    dfirst = g.new_empty(S, HV, K, V)
     launch(
         chunk_backward_kernels.states_kernel,
-        (triton.cdiv(V, blocks["BV"]), B * H, 2),
-        q, k, v, do, *N, *P, G, b, norm_q, norm_k,
-        dfirst if initial_state is None else initial_state, dfirst if dfinal is None else dfinal,
-        *E, *S, *dR, *dS, dfirst, T,
-        V=V, BK=padded(K), C=C, FIRST=initial_state is not None, DFINAL=dfinal is not None,
-        **common, **blocks,
+        (S * HV * NV * 2,),
+        q, k, v, do, N, P, G, *factors(tokens),
+        dfirst if initial_state is None else initial_state, dfirst if dfinal is None else dfinal, bounds,
+        E, E_top, state, state_top, dR, dR_top, dstate, dstate_top, dfirst, T,
+        V=V, FIRST=initial_state is not None, DFINAL=dfinal is not None, **common, **blocks,
     )  # fmt: skip
-    warps = 8 if padded(V) == 128 and parts == 2 else 4  # four would spill
-    of_rows = accumulate_dtype(q.dtype) if l2norm else q.dtype
-    dq, dk = (torch.empty_like(q, dtype=of_rows) for _ in range(2))
-    dv, dbeta, dg = torch.empty_like(v), g.new_empty(g.shape), g.new_empty(2, *g.shape)
+    dq, dk, dv, dbeta = (empty_tokens(x, cu_seqlens) for x in (q, k, v, g))
+    dg = empty_tokens(g.expand(2, *g.shape), cu_seqlens)
+    b, _, norm_q, norm_k = factors(tokens)
     launch(
         chunk_backward_kernels.inputs_kernel,
-        (steps, B * H, 2),
-        q, k, do, G, b, norm_q, norm_k, *E, *S, *dR, *dS, dq, dk, dv, dg[0], dg[1], dbeta, T,
-        V=V, BK=min(32, padded(K)), BV=padded(V), C=C, num_warps=warps, num_stages=1, **common,
+        (R * H * 2,),
+        q, k, do, G, b, norm_q, norm_k, bounds,
+        E, E_top, state, state_top, dR, dR_top, dstate, dstate_top, dq, dk, dv, dg[0], dg[1], dbeta, T, S,
+        V=V, BV=blocks["BV"], num_warps=inputs_warps(K, q.dtype), num_stages=1, **common,
     )  # fmt: skip
-    if l2norm:
-        dq, dk = unnormalise(q, dq), unnormalise(k, dk)
     return dq, dk, dv, dg.sum(0), dbeta, dfirst
-
-
-def unnormalise(x: Tensor, dy: Tensor) -> Tensor:
-    """Gradient of `x` from that of its rows at length one."""
-    R, K, dx = x.numel() // x.shape[-1], x.shape[-1], torch.empty_like(x)
-    ACC = tl.float64 if x.dtype == torch.float64 else tl.float32
-    launch(
-        chunk_backward_kernels.unnormalise_kernel,
-        (triton.cdiv(R, UNIT_ROWS),),
-        x, dy, dx, R,
-        K=K, BK=padded(K), BR=UNIT_ROWS, ACC=ACC,
-    )  # fmt: skip
-    return dx

@@ -85,14 +85,9 @@ def chunk_residuals(
     (B, T, HV, V), K, wide = v.shape, q.shape[3], accumulate_dtype(q.dtype)
     none = ((0,), wide)
     if impl == "triton":
-        from .launch import inner_chunk
+        from .launch import residuals
 
-        C = inner_chunk(C, K, V, q.dtype)
-        padded = (T + C - 1) // C * C
-        square = ((2 if q.dtype.itemsize == 2 else 1, B, HV, padded, C), q.dtype)
-        # Differences of G must be exact to the last bit of what they decay.
-        G = ((B, HV, padded), torch.float64 if q.dtype.itemsize > 2 else torch.float32)
-        return [square, square, G, ((3 if l2norm else 1, B, HV, padded), wide)]
+        return residuals(q, v, cu_seqlens, l2norm, C)
     C = torch_impl.inner_chunk(C, K, V)
     steps = (T + C - 1) // C
     M = B * HV * steps if cu_seqlens is None else HV * (T // C + cu_seqlens.shape[0] - 1)
@@ -153,9 +148,8 @@ def chunk_fwd(
 
             q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
             # What the kernels pass on to each other is needed here even when it is not kept.
-            kept = empty_residuals(g, chunk_residuals(q, v, None, l2norm, chunk_size, impl), True)
-            C = kept[0].shape[-1]
-            o, final = launch.chunk_forward(q, k, v, g, beta, state, kept, scale, l2norm, C)
+            kept = empty_residuals(g, chunk_residuals(q, v, cu_seqlens, l2norm, chunk_size, impl), True)
+            o, final = launch.chunk_forward(q, k, v, g, beta, state, cu_seqlens, kept, scale, l2norm)
             return o, outer_state(final, v_first), *(kept if save else [g.new_empty(0) for _ in kept])
         o, final, saved = torch_impl.forward(
             q, k, v, g, beta, state, cu_seqlens, scale, l2norm, chunk_size, save
@@ -205,8 +199,7 @@ def chunk_bwd(
             from . import launch
 
             do, dfinal, q, k, v, state = contiguous(do, dfinal, q, k, v, state)
-            C = residuals[0].shape[-1]
-            inner = launch.chunk_backward(do, dfinal, q, k, v, g, state, residuals, scale, l2norm, C)
+            inner = launch.chunk_backward(do, dfinal, q, k, v, g, state, cu_seqlens, residuals, scale, l2norm)
         else:
             saved = torch_impl.Saved(*residuals[:3])
             inner = torch_impl.backward(

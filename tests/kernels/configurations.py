@@ -18,7 +18,7 @@ from prism_kernels.testing.inputs import Draw
 
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 UPDATES = ((24, 3, 1), (600, 4, 1), (40, 7, 5))  # channels, length of the state, tokens
-WIDTHS = (16, 32, 64, 128)  # of a head in registers: smaller ones are padded to the next
+WIDTHS = (16, 32, 64, 128, 256)  # of a head in registers: smaller ones are padded to the next
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ def _delta(dtype: torch.dtype) -> Iterator[tuple]:
     # 16-bit operands take what they are asked for, wider ones at most 32 tokens a chunk
     chunks = {BF16: ((64, True), (64, False), (32, True), (16, False)), FP16: ((64, True), (64, False))}
     draw = partial(gated_delta_rule.draw_case, Draw(0, dtype))
-    for K, V in (*((w, w) for w in WIDTHS), (128, 64), (40, 128)):
+    for K, V in (*((w, w) for w in WIDTHS), (128, 64), (40, 128), (64, 200)):
         for C, unit in chunks.get(dtype, ((64, True), (16, False))):
             name = f"K{K} V{V} C{C}" + " unit keys" * unit
             options = {"chunk_size": C, "use_qk_l2norm_in_kernel": unit}
             yield "chunk_gated_delta_rule", name, partial(draw, name, (1, 70, 2, K, V), **options)
-    for K, V in (*((w, w) for w in (*WIDTHS, 256)), (128, 64), (40, 128)):
+    for K, V in (*((w, w) for w in WIDTHS), (128, 64), (40, 128)):
         name = f"K{K} V{V}"
         yield "fused_recurrent_gated_delta_rule", name, partial(draw, name, (1, 19, 2, K, V))
         step = partial(gated_delta_rule_step.draw_case, Draw(0, dtype), name, (2, 3, 2, K, V))

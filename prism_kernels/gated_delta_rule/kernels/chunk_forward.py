@@ -6,15 +6,18 @@ import triton.language as tl
 from ..._core.tl_math import dot, narrow
 from .common import (
     LOG2E,
+    chunk_at,
     coupling,
     coupling_step,
     decays,
     dot_parts,
+    largest,
     load_norm,
     load_square,
     load_tokens,
+    span,
     split,
-    store_square,
+    store_fixed,
 )
 
 
@@ -49,112 +52,121 @@ def store_tokens(p_G, p_b, p_norm_q, p_norm_k, o, G, beta, norm_q, norm_k, L2: t
         tl.store(p_norm_k + o, norm_k)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "S"])
 def prepare_kernel(
-    p_q, p_k, p_g, p_beta,
-    p_N, p_N_low, p_P, p_P_low, p_G, p_b, p_norm_q, p_norm_k,
-    T,
-    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    HALF: tl.constexpr, LOG_HALF: tl.constexpr, SCALE: tl.constexpr, L2: tl.constexpr,
+    p_q, p_k, p_g, p_beta, p_bounds,
+    p_N, p_P, p_G, p_b, p_top, p_norm_q, p_norm_k,
+    T, S,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    HALF: tl.constexpr, LOG_HALF: tl.constexpr, SCALE: tl.constexpr, L2: tl.constexpr, PACKED: tl.constexpr,
     INVERSE: tl.constexpr, INVERSE_PRECISION: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Per chunk: N = -W (I + diag(beta) W)^-1 with W = stril(K K^T * D), P = scale tril(Q K^T * D), and G,
     beta and norms per head. A chunk of 64 is two halves and the corner between them, for shorter products;
-    others are one block. Grid (N, B * H).
+    others are one block. Grid (R * HV).
     """
-    i_c, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
+    i_r, i_hv = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
+    i_h = i_hv // (HV // H)
+    first, rest = chunk_at(p_bounds, i_r, T, S, C, PACKED)
+    if rest <= 0:
+        return
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     GACC: tl.constexpr = p_G.dtype.element_ty
     o_c, o_k = tl.arange(0, HALF), tl.arange(0, BK)
-    rest = T - i_c * C
-    rows = (i_bh * tl.cdiv(T, C) + i_c) * C
-    tokens = (i_b * T + i_c * C) * H + i_h
-    p_k += tokens * K
-    p_q += tokens * K
-    p_g += tokens
-    p_beta += tokens
+    rows = (i_r * HV + i_hv) * C
+    p_k += (first * H + i_h) * K
+    p_q += (first * H + i_h) * K
+    p_g += first * HV + i_hv
+    p_beta += first * HV + i_hv
     m_read = o_c[:, None] >= o_c[None, :]
     o_cc = rows * C + o_c[:, None] * C + o_c[None, :]
 
     k1, norm_k1 = load_rows(p_k, o_c, o_k, rest, H, K, L2, ACC)
     q1, norm_q1 = load_rows(p_q, o_c, o_k, rest, H, K, L2, ACC)
-    beta1 = tl.load(p_beta + o_c * H, mask=o_c < rest, other=0.0)
-    G1 = tl.cumsum(tl.load(p_g + o_c * H, mask=o_c < rest, other=0.0).to(GACC) * LOG2E, 0)
+    beta1 = tl.load(p_beta + o_c * HV, mask=o_c < rest, other=0.0)
+    G1 = tl.cumsum(tl.load(p_g + o_c * HV, mask=o_c < rest, other=0.0).to(GACC) * LOG2E, 0)
     D = decays(G1[:, None], G1[None, :], m_read, ACC)
     W11, P11 = block_pair(q1, k1, k1, D, norm_q1 * SCALE, norm_k1, norm_k1, DTYPE, PRECISION, ACC)
-    store_square(p_P, p_P_low, o_cc, P11, DTYPE, ACC)
+    tl.store(p_P + o_cc, narrow(P11, DTYPE))
     store_tokens(p_G, p_b, p_norm_q, p_norm_k, rows + o_c, G1, beta1, norm_q1, norm_k1, L2)
     if HALF < C:
         o_d = o_c + HALF
         k2, norm_k2 = load_rows(p_k, o_d, o_k, rest, H, K, L2, ACC)
         q2, norm_q2 = load_rows(p_q, o_d, o_k, rest, H, K, L2, ACC)
-        beta2 = tl.load(p_beta + o_d * H, mask=o_d < rest, other=0.0)
-        g2 = tl.load(p_g + o_d * H, mask=o_d < rest, other=0.0).to(GACC) * LOG2E
+        beta2 = tl.load(p_beta + o_d * HV, mask=o_d < rest, other=0.0)
+        g2 = tl.load(p_g + o_d * HV, mask=o_d < rest, other=0.0).to(GACC) * LOG2E
         G2 = tl.cumsum(g2, 0) + tl.min(G1, 0)
         D = decays(G2[:, None], G1[None, :], m_read | (o_c[None, :] >= 0), ACC)
         W21, P21 = block_pair(q2, k2, k1, D, norm_q2 * SCALE, norm_k2, norm_k1, DTYPE, PRECISION, ACC)
         D = decays(G2[:, None], G2[None, :], m_read, ACC)
         W22, P22 = block_pair(q2, k2, k2, D, norm_q2 * SCALE, norm_k2, norm_k2, DTYPE, PRECISION, ACC)
-        none = tl.zeros([HALF, HALF], ACC)
-        store_square(p_P, p_P_low, o_cc + HALF, none, DTYPE, ACC)
-        store_square(p_P, p_P_low, o_cc + HALF * C, P21, DTYPE, ACC)
-        store_square(p_P, p_P_low, o_cc + HALF * C + HALF, P22, DTYPE, ACC)
+        tl.store(p_P + o_cc + HALF, tl.zeros([HALF, HALF], DTYPE))
+        tl.store(p_P + o_cc + HALF * C, narrow(P21, DTYPE))
+        tl.store(p_P + o_cc + HALF * C + HALF, narrow(P22, DTYPE))
         store_tokens(p_G, p_b, p_norm_q, p_norm_k, rows + o_d, G2, beta2, norm_q2, norm_k2, L2)
 
     N11 = coupling(W11, beta1, HALF, LOG_HALF, INVERSE, INVERSE_PRECISION, ACC)
-    store_square(p_N, p_N_low, o_cc, N11, DTYPE, ACC)
+    top = largest(N11)
+    tl.store(p_top + rows + o_c, top)
+    store_fixed(p_N, o_cc, N11, top, None, ACC)
     if HALF < C:
         N22 = coupling(W22, beta2, HALF, LOG_HALF, INVERSE, INVERSE_PRECISION, ACC)
         N21 = coupling_step(N22, W21, N11, beta2, beta1, HALF, INVERSE, INVERSE_PRECISION, ACC)
-        store_square(p_N, p_N_low, o_cc + HALF, tl.zeros([HALF, HALF], ACC), DTYPE, ACC)
-        store_square(p_N, p_N_low, o_cc + HALF * C, N21, DTYPE, ACC)
-        store_square(p_N, p_N_low, o_cc + HALF * C + HALF, N22, DTYPE, ACC)
+        top = tl.maximum(largest(N21), largest(N22), propagate_nan=tl.PropagateNan.ALL)
+        tl.store(p_top + rows + o_d, top)
+        store_fixed(p_N, o_cc + HALF, tl.zeros([HALF, HALF], ACC), top, None, ACC)
+        store_fixed(p_N, o_cc + HALF * C, N21, top, None, ACC)
+        store_fixed(p_N, o_cc + HALF * C + HALF, N22, top, None, ACC)
 
 
 @triton.jit(do_not_specialize=["T"])
 def scan_kernel(
-    p_q, p_k, p_v, p_N, p_N_low, p_P, p_G, p_b, p_norm_q, p_norm_k, p_first,
+    p_q, p_k, p_v, p_N, p_P, p_G, p_b, p_top, p_norm_q, p_norm_k, p_first, p_bounds,
     p_o, p_final,
     T,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    SCALE: tl.constexpr, L2: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    SCALE: tl.constexpr, L2: tl.constexpr, PACKED: tl.constexpr, FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and final state; the state [BK, BV] stays in registers. Grid (V / BV, B * H)."""
-    i_v, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    steps = tl.cdiv(T, C)
+    """Outputs and final state; the state [BK, BV] stays in registers. Grid (S * HV * V / BV)."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v, i_sh = tl.program_id(0) % NV, (tl.program_id(0) // NV).to(tl.int64)
+    i_s, i_hv = i_sh // HV, i_sh % HV
+    i_h = i_hv // (HV // H)
+    start, length, row = span(p_bounds, i_s, T, C, PACKED)
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     o_cc = o_c[:, None] * C + o_c[None, :]
-    o_state = i_bh * K * V + o_k[:, None] * V + o_v[None, :]
+    o_state = i_sh * K * V + o_k[:, None] * V + o_v[None, :]
     m_state = (o_k < K)[:, None] & (o_v < V)[None, :]
-    S = tl.zeros([BK, BV], ACC)
+    state = tl.zeros([BK, BV], ACC)
     if FIRST:
-        S += tl.load(p_first + o_state, mask=m_state, other=0.0)
+        state += tl.load(p_first + o_state, mask=m_state, other=0.0)
 
-    for i_c in range(0, steps):
-        rest = T - i_c * C
-        rows = (i_bh * steps + i_c) * C
-        tokens = (i_b * T + i_c * C) * H + i_h
-        k = load_tokens(p_k + tokens * K, o_c, o_k, rest, H, K)
-        q = load_tokens(p_q + tokens * K, o_c, o_k, rest, H, K)
-        v = load_tokens(p_v + tokens * V, o_c, o_v, rest, H, V)
-        N, N_low = load_square(p_N, p_N_low, rows * C + o_cc, DTYPE, ACC)
+    for i_c in range(0, tl.cdiv(length, C)):
+        rest = length - i_c * C
+        rows = ((row + i_c) * HV + i_hv) * C
+        of_key, of_value = (start + i_c * C) * H + i_h, (start + i_c * C) * HV + i_hv
+        k = load_tokens(p_k + of_key * K, o_c, o_k, rest, H, K)
+        q = load_tokens(p_q + of_key * K, o_c, o_k, rest, H, K)
+        v = load_tokens(p_v + of_value * V, o_c, o_v, rest, HV, V)
+        N, N_low, N_row = load_square(p_N + rows * C, o_cc, tl.load(p_top + rows + o_c), DTYPE, ACC)
         P = tl.load(p_P + rows * C + o_cc)
         G = tl.load(p_G + rows + o_c)
         beta = tl.load(p_b + rows + o_c)
         G_end = tl.load(p_G + rows + C - 1)
         norm_k, norm_q = load_norm(p_norm_k + rows, o_c, L2, ACC), load_norm(p_norm_q + rows, o_c, L2, ACC)
         gamma, tail = tl.exp2(G).to(ACC), tl.exp2(G_end - G).to(ACC) * norm_k
-        held = narrow(S, DTYPE)
+        held = narrow(state, DTYPE)
         error = v.to(ACC) - (gamma * norm_k)[:, None] * dot(k, held, DTYPE, PRECISION, ACC)
         o = dot(q, held, DTYPE, PRECISION, ACC) * (gamma * norm_q * SCALE)[:, None]
-        R, R_low = split(error * beta[:, None], DTYPE, ACC)
-        error += dot_parts(N, N_low, R, R_low, DTYPE, PRECISION, ACC)
+        R = narrow(error * beta[:, None], DTYPE)
+        error += dot_parts(N, N_low, R, None, DTYPE, PRECISION, ACC) * N_row[:, None]
         o += dot(P, error * beta[:, None], DTYPE, PRECISION, ACC)
         U, U_low = split(error * (beta * tail)[:, None], DTYPE, ACC)
-        S = S * tl.exp2(G_end).to(ACC) + dot_parts(tl.trans(k), None, U, U_low, DTYPE, PRECISION, ACC)
+        state *= tl.exp2(G_end).to(ACC)
+        state += dot_parts(tl.trans(k), None, U, U_low, DTYPE, PRECISION, ACC)
         m_o = (o_c < rest)[:, None] & (o_v < V)[None, :]
-        tl.store(p_o + tokens * V + o_c[:, None] * (H * V) + o_v[None, :], narrow(o, DTYPE), mask=m_o)
-    tl.store(p_final + o_state, S, mask=m_state)
+        tl.store(p_o + of_value * V + o_c[:, None] * (HV * V) + o_v[None, :], narrow(o, DTYPE), mask=m_o)
+    tl.store(p_final + o_state, state, mask=m_state)

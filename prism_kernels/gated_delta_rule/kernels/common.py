@@ -1,9 +1,12 @@
-"""Helpers of all kernels: row loads, decays, the inverse.
+"""Helpers of the chunked kernels: where chunks lie, rows, decays, rows of fixed point, the inverse.
 
-Tensors of tokens are [B, T, H, D] as given; what the kernels keep between launches is padded to whole
-chunks and laid out per head, [B, H, N * C, ...], so that only tensors of the caller need masks along time.
-Padding rows hold G of the last token and beta 0, and masked loads give them q = k = v = 0: they write and
-read nothing.
+Tensors of tokens are [B, T, H, D] as given. What the kernels keep between launches has one row per chunk of
+any sequence, [R, HV, ...], padded to whole chunks, so that only tensors of the caller need masks along time.
+Padding holds G of the last token and beta 0, and masked loads give it q = k = v = 0: it writes and reads
+nothing.
+
+A packed sequence that starts at token t has its chunks from row t // C plus its number on. That never
+overlaps the next sequence, needs no table and no sum over sequences, and leaves some rows unused.
 
 Products take q and k as they lie in memory. Where rows are to have length one, their factors multiply rows
 and columns of results instead, in ACC: exact, and no operand has to pass through registers.
@@ -15,73 +18,110 @@ import triton.language as tl
 from ..._core.tl_math import dot, narrow
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+FIXED_MAX: tl.constexpr = tl.constexpr(32767.0)
+
+
+@triton.jit
+def span(p_bounds, i_s, T, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token of a sequence, how many it has, and its first row of chunks."""
+    if PACKED:
+        start = tl.load(p_bounds + i_s).to(tl.int64)
+        length = (tl.load(p_bounds + i_s + 1) - start).to(tl.int32)
+        return start, length, start // C + i_s
+    else:
+        return i_s * T, T, i_s * tl.cdiv(T, C)
+
+
+@triton.jit
+def chunk_at(p_bounds, i_r, T, S, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token of the chunk in row `i_r`, and how many tokens follow in its sequence; none if unused."""
+    if PACKED:
+        i_s, end = i_r * 0, i_r * 0 + S  # the last sequence whose first row is not after i_r
+        while end - i_s > 1:
+            middle = (i_s + end) // 2
+            before = tl.load(p_bounds + middle).to(tl.int64) // C + middle <= i_r
+            i_s, end = tl.where(before, middle, i_s), tl.where(before, end, middle)
+        start, length, row = span(p_bounds, i_s, T, C, PACKED)
+        into = (i_r - row) * C
+        return start + into, (length - into).to(tl.int32)
+    else:
+        steps = tl.cdiv(T, C)
+        into = (i_r % steps) * C
+        return (i_r // steps) * T + into, (T - into).to(tl.int32)
 
 
 @triton.jit
 def split(x, DTYPE: tl.constexpr, ACC: tl.constexpr):
-    """`x` rounded to DTYPE, and what that leaves out, rounded likewise (any tensor where DTYPE is ACC)."""
+    """`x` rounded to DTYPE, and what that leaves out, rounded likewise (None where DTYPE is ACC)."""
     high = narrow(x, DTYPE)
     if DTYPE != ACC:
         return high, narrow(x - high.to(ACC), DTYPE)
     else:
-        return high, high
+        return high, None
+
+
+@triton.jit
+def across(low):
+    """Transpose of a low part, where there is one."""
+    if low is None:
+        return None
+    else:
+        return tl.trans(low)
 
 
 @triton.jit
 def dot_parts(a, a_low, b, b_low, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """Product of operands of which those with a `low` part (not None) come in two parts."""
     product = dot(a, b, DTYPE, PRECISION, ACC)
-    if DTYPE != ACC:
-        if a_low is not None:
-            product += dot(a_low, b, DTYPE, PRECISION, ACC)
-        if b_low is not None:
-            product += dot(a, b_low, DTYPE, PRECISION, ACC)
+    if a_low is not None:
+        product += dot(a_low, b, DTYPE, PRECISION, ACC)
+    if b_low is not None:
+        product += dot(a, b_low, DTYPE, PRECISION, ACC)
     return product
 
 
 @triton.jit
-def store_parts(p, p_low, o, high, low, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
-    """Both parts that `split` gave, the second where there is one."""
-    tl.store(p + o, high, mask=m)
-    if DTYPE != ACC:
-        tl.store(p_low + o, low, mask=m)
+def largest(x):
+    """Largest size in each row; NaN if the row has a NaN or an infinity in it."""
+    return tl.max(tl.abs(x), 1) + tl.sum(x - x, 1)
 
 
 @triton.jit
-def load_parts(p, p_low, o, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
-    """What `store_parts` stored."""
-    high = tl.load(p + o, mask=m, other=0.0)
-    if DTYPE != ACC:
-        return high, tl.load(p_low + o, mask=m, other=0.0)
+def store_fixed(p, o, x, top, m, ACC: tl.constexpr):
+    """Rows of `x` as 16-bit integers times a step per row, `top` (their `largest`) / 32767. As they are where
+    `p` has ACC.
+    """
+    if p.dtype.element_ty == ACC:
+        tl.store(p + o, x, mask=m)
     else:
-        return high, high
+        inverse = tl.where(top > 1e-30, FIXED_MAX / tl.maximum(top, 1e-30), 0.0)
+        tl.store(p + o, tl.floor(x * inverse[:, None] + 0.5).to(tl.int16), mask=m)
 
 
 @triton.jit
-def load_sum(p, p_low, o, m, DTYPE: tl.constexpr, ACC: tl.constexpr):
-    """The number that `store_parts` stored."""
-    high, low = load_parts(p, p_low, o, m, DTYPE, ACC)
-    if DTYPE != ACC:
-        return high.to(ACC) + low.to(ACC)
+def load_fixed(p, o, top, m, ACC: tl.constexpr):
+    """What `store_fixed` stored, in ACC."""
+    if m is None:
+        x = tl.load(p + o).to(ACC)
     else:
-        return high
-
-
-@triton.jit
-def store_square(p, p_low, o, x, DTYPE: tl.constexpr, ACC: tl.constexpr):
-    """Split a whole block and store both parts."""
-    high, low = split(x, DTYPE, ACC)
-    store_parts(p, p_low, o, high, low, None, DTYPE, ACC)
-
-
-@triton.jit
-def load_square(p, p_low, o, DTYPE: tl.constexpr, ACC: tl.constexpr):
-    """What `store_square` stored."""
-    high = tl.load(p + o)
-    if DTYPE != ACC:
-        return high, tl.load(p_low + o)
+        x = tl.load(p + o, mask=m, other=0).to(ACC)
+    if p.dtype.element_ty == ACC:
+        return x
     else:
-        return high, high
+        return x * (top * (1.0 / FIXED_MAX))[:, None]
+
+
+@triton.jit
+def load_square(p, o, top, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """Rows of a square that `store_fixed` stored, as the two bytes of each number, which are exact in any
+    DTYPE, and the factor of each row: (high + low) * factor. No second part where `p` has ACC.
+    """
+    n = tl.load(p + o)
+    if p.dtype.element_ty == ACC:
+        return n, None, tl.full([o.shape[0]], 1.0, ACC)
+    else:
+        high, low = (n >> 8).to(ACC) * (1.0 / 128), (n & 255).to(ACC) * (1.0 / 32768)
+        return narrow(high, DTYPE), narrow(low, DTYPE), top * (32768.0 / FIXED_MAX)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..._core.tl_math import narrow
+from .common import span
 
 
 @triton.jit
@@ -24,17 +25,6 @@ def unit(x, L2: tl.constexpr):
 def load_token(p, o, D: tl.constexpr, L2: tl.constexpr, ACC: tl.constexpr):
     """One row of a head, widened, of length one if L2."""
     return unit(tl.load(p + o, mask=o < D, other=0.0).to(ACC), L2)
-
-
-@triton.jit
-def span(p_bounds, i_s, T, EVERY: tl.constexpr, PACKED: tl.constexpr):
-    """First token of a sequence, how many it has, and its first checkpoint."""
-    if PACKED:
-        start = tl.load(p_bounds + i_s).to(tl.int64)
-        length = (tl.load(p_bounds + i_s + 1) - start).to(tl.int32)
-        return start, length, start // EVERY + i_s
-    else:
-        return i_s * T, T, i_s * tl.cdiv(T, EVERY)
 
 
 @triton.jit(do_not_specialize=["T"])

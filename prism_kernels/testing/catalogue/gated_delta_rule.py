@@ -152,10 +152,10 @@ def raw_cases(dtype: torch.dtype) -> list[Case]:
     )
     return [
         make(8, "all options", (2, 18, 2, 8, 4), scale=0.5, **every),
-        make(1, "a gate without a bias", (1, 17, 2, 8, 8), leave_out=("dt_bias", "initial_state"), **GATE),
-        make(2, "strengths from logits", (1, 18, 2, 8, 4), **SIGMOID),
-        make(0, "strengths up to 2, values before keys", (1, 19, 2, 8, 16), **REFLECTING, **V_FIRST),
-        make(4, "one token, value heads in groups", (2, 1, 2, 8, 8), groups=2, **every),
+        make(6, "a gate without a bias", (1, 17, 2, 8, 8), leave_out=("dt_bias", "initial_state"), **GATE),
+        make(5, "strengths from logits", (1, 18, 2, 8, 4), **SIGMOID),
+        make(11, "strengths up to 2, values before keys", (1, 19, 2, 8, 16), **REFLECTING, **V_FIRST),
+        make(10, "one token, value heads in groups", (2, 1, 2, 8, 8), groups=2, **every),
         packed.with_tensors(cu_seqlens=torch.tensor([0, 0, 5, 22, 22])),
         far.with_tensors(A_log=far.tensors["A_log"] - 4),
     ]  # fmt: skip
@@ -293,21 +293,13 @@ def errors(name: str) -> list[ErrorCase]:
         case("state with keys before values", ValueError, "`initial_state`.*values before keys",
              **V_FIRST, initial_state=state),
     ]  # fmt: skip
-    return listed + (chunk_errors(case, row) if name == CHUNK else recurrent_errors(case))
+    return listed + (chunk_errors(case) if name == CHUNK else recurrent_errors(case))
 
 
-def chunk_errors(case: Callable[..., ErrorCase], row: dict[str, Tensor]) -> list[ErrorCase]:
-    """What the chunked form alone can be asked for, and what its kernels lack."""
-    bounds, few, wide = torch.tensor([0, 6]), torch.zeros(2, 6, 2, 8), torch.zeros(2, 6, 4, 129)
-
-    def on_triton(what: str, pattern: str, **changes) -> ErrorCase:
-        pattern = f"a call that the 'triton' path covers, got {pattern}.*impl='torch'"
-        return case(f"{what} on triton", NotImplementedError, pattern, impl="triton", **changes)
-
+def chunk_errors(case: Callable[..., ErrorCase]) -> list[ErrorCase]:
+    """What the chunked form alone can be asked for."""
+    bounds = torch.tensor([0, 6])
     return [
-        on_triton("packing", "packed sequences", **row, cu_seqlens=bounds),
-        on_triton("grouped heads", "grouped heads", q=few, k=few),
-        on_triton("wide heads", "K or V above 128", q=wide, k=wide),
         case("chunk size", ValueError, "`chunk_size` to be one of 16, 32, 64, got 48", chunk_size=48),
         case("several devices", NotImplementedError, "`cp_context` None .*several devices", cp_context=()),
         case("bounds on the host alone", ValueError, "`cu_seqlens` with `cu_seqlens_cpu`",
@@ -346,12 +338,6 @@ def opcheck(name: str, case: Case, impl: str) -> list[tuple]:
     return [(forward, (*inputs, *options, True, impl)), (backward, given)]
 
 
-def on_triton(name: str, case: Case) -> bool:
-    """The kernels token by token cover every case."""
-    same_heads = case.tensors["q"].shape[2] == case.tensors["v"].shape[2]
-    return name == RECURRENT or (same_heads and "cu_seqlens" not in case.tensors)
-
-
 def spec(name: str) -> OpSpec:
     return OpSpec(
         name=name,
@@ -362,7 +348,6 @@ def spec(name: str) -> OpSpec:
         errors=partial(errors, name),
         opcheck=partial(opcheck, name),
         random_case=random_case,
-        on_triton=partial(on_triton, name),
         time_inputs=TIME_INPUTS,
         state=("initial_state", "final_state"),
         step=step,
