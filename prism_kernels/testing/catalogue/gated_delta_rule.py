@@ -19,7 +19,10 @@ from ..inputs import Draw
 from ..spec import Case, ErrorCase, OpSpec, Outputs
 
 CHUNK, RECURRENT = "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"
-FUNCTIONS = {CHUNK: chunk_gated_delta_rule, RECURRENT: fused_recurrent_gated_delta_rule}
+FUNCTIONS: dict[str, Callable] = {
+    CHUNK: chunk_gated_delta_rule,
+    RECURRENT: fused_recurrent_gated_delta_rule,
+}
 TIME_INPUTS = ("q", "k", "v", "g", "beta")
 UNIT = {"use_qk_l2norm_in_kernel": True}
 GATE = {"use_gate_in_kernel": True}
