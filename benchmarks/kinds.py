@@ -1,8 +1,8 @@
 """Kinds of committed result files, and what makes a file of each kind whole.
 
 `benchmark` files are rows of `python -m benchmarks run`; the others are single measurements with a script of
-their own: `published` times us against other people's code, `demo` is the demonstration's report, and
-`compile report` is what the kernels compile to.
+their own: `published` times us against other people's code, `demo` is the demonstration's report,
+`compile report` is what the kernels compile to, and `traffic` is what they load, store and multiply.
 """
 
 import json
@@ -66,4 +66,19 @@ def _compile_report(data: dict) -> list[str]:
     return problems if data.get("versions") else [*problems, "no versions"]
 
 
-KINDS = {"benchmark": None, "demo": _demo, "published": _published, "compile report": _compile_report}
+def _traffic(data: dict) -> list[str]:
+    problems = [] if data.get("rows") else ["no rows"]
+    for row in data.get("rows", []):
+        counts = [row.get(name, math.nan) for name in ("read", "written", "issued", "flops")]
+        if not all(math.isfinite(n) and n > 0 for n in counts) or counts[2] < counts[0] + counts[1]:
+            problems.append(f"{row.get('kernel')}: counts {counts}")
+    return problems if data.get("versions") else [*problems, "no versions"]
+
+
+KINDS = {
+    "benchmark": None,
+    "demo": _demo,
+    "published": _published,
+    "compile report": _compile_report,
+    "traffic": _traffic,
+}

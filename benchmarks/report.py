@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from .kinds import check
 from .plots import Picture, pictures
@@ -183,14 +184,17 @@ DOCUMENTS: dict[str, dict[str, Table]] = {
 }
 
 
-def fill(text: str, tables: dict[str, Table], files: Files) -> str:
-    """`text` with every table between its markers replaced."""
+Source = TypeVar("Source")
+
+
+def fill(text: str, tables: dict[str, Callable[[Source], str]], source: Source) -> str:
+    """`text` with every table between its markers replaced by what it says of `source`."""
     for name, make in tables.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ResultError(f"report: expected {begin} and {end} once each.")
         head, rest = text.split(begin)
-        text = f"{head}{begin}\n{make(files)}\n{end}{rest.split(end)[1]}"
+        text = f"{head}{begin}\n{make(source)}\n{end}{rest.split(end)[1]}"
     return text
 
 

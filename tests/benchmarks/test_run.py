@@ -20,9 +20,9 @@ from benchmarks.results import DIRECTIONS, ResultError, load
 
 ROOT = Path(__file__).parents[2]
 TINY = {
-    "chunk_gated_delta_rule": "B2_T5_H2_D4",
-    "fused_recurrent_gated_delta_rule": "B2_T3_H2_D4",
-    "gated_delta_rule_step": "B2_T2_H2_D4",
+    "chunk_gated_delta_rule": "B2_T17_H4_D8",
+    "fused_recurrent_gated_delta_rule": "B2_T9_H4_D8",
+    "gated_delta_rule_step": "B2_T3_H4_D8",
     "selective_scan": "B2_T5_H2_P3_N2",
     "selective_scan_euler": "B2_D3_L4_N2",
     "selective_scan_step": "B2_H2_P3_N2",
