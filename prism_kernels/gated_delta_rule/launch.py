@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._core.runtime import accumulate_dtype, launch
+from .._core.checks import fail
+from .._core.runtime import accumulate_dtype, launch, shared_memory
 from .kernels import chunk_backward as chunk_backward_kernels
 from .kernels import chunk_forward as chunk_forward_kernels
 
@@ -13,6 +14,8 @@ from .kernels import chunk_forward as chunk_forward_kernels
 # Blocks of 64 values would spill in the loop where the table says 32 (128 in both, 64 in `states_kernel`).
 SCAN = {16: (32, 2), 32: (32, 2), 64: (64, 4), 128: (32, 4), 256: (32, 8)}
 STATES = {16: (32, 2), 32: (32, 2), 64: (32, 4), 128: (32, 4), 256: (32, 8)}
+# KiB of shared memory that the hungriest kernel may take, by the same width, with one and with two stages.
+SHARED = {16: (32, 32), 32: (32, 32), 64: (48, 96), 128: (72, 108), 256: (96, 96)}
 
 
 def padded(width: int) -> int:
@@ -104,12 +107,24 @@ def inverse_precision(dtype: torch.dtype, l2norm: bool) -> dict:
     return {"INVERSE": tl.float16 if l2norm else tl.float32, "INVERSE_PRECISION": precision}
 
 
-def narrower(table: dict[int, tuple[int, int]], K: int, V: int, dtype: torch.dtype) -> dict:
-    """Block of values, warps and stages of a state kernel for this head."""
-    BV, warps = table[max(padded(K), padded(V))]
-    if dtype.itemsize > 2:
+def narrower(table: dict[int, tuple[int, int]], K: int, V: int, q: Tensor) -> dict:
+    """Block of values, warps and stages of a state kernel for this head.
+
+    Raises:
+        NotImplementedError: The device has too little shared memory for heads of this width.
+    """
+    widest = max(padded(K), padded(V))
+    room = shared_memory(q.device)
+    stages = next((n for n in (2, 1) if room is None or SHARED[widest][n - 1] * 1024 <= room), 0)
+    if stages == 0:
+        fitting = max((w for w, (needed, _) in SHARED.items() if needed * 1024 <= (room or 0)), default=0)
+        advice = f"K and V up to {fitting} fit; impl='torch' takes any."
+        expected = f"{SHARED[widest][0]} KiB of shared memory for K = {K}, V = {V} on the 'triton' path"
+        fail("chunk_gated_delta_rule", expected, f"{(room or 0) // 1024} KiB", advice, NotImplementedError)
+    BV, warps = table[widest]
+    if q.dtype.itemsize > 2:
         return {"BV": min(16 if padded(K) > 64 else 32, padded(V)), "num_warps": 8, "num_stages": 1}
-    return {"BV": min(BV, padded(V)), "num_warps": warps, "num_stages": 2}
+    return {"BV": min(BV, padded(V)), "num_warps": warps, "num_stages": stages}
 
 
 def chunk_forward(
@@ -140,7 +155,7 @@ def chunk_forward(
         **common, **inverse_precision(q.dtype, l2norm),
     )  # fmt: skip
     o, final = empty_tokens(v, cu_seqlens), g.new_empty(S, HV, K, V)
-    blocks = narrower(SCAN, K, V, q.dtype)
+    blocks = narrower(SCAN, K, V, q)
     launch(
         chunk_forward_kernels.scan_kernel,
         (S * HV * triton.cdiv(V, blocks["BV"]),),
@@ -175,7 +190,7 @@ def chunk_backward(
     R, _, C = G.shape
     S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     common, bounds = constants(q, v, cu_seqlens, scale, l2norm, C), G if cu_seqlens is None else cu_seqlens
-    blocks = narrower(STATES, K, V, q.dtype)
+    blocks = narrower(STATES, K, V, q)
     NV = triton.cdiv(V, blocks["BV"])
     E, dR = (g.new_empty(R, HV, C, V, dtype=fixed(q.dtype)) for _ in range(2))
     state, dstate = (g.new_empty(R, HV, K, V, dtype=fixed(q.dtype)) for _ in range(2))

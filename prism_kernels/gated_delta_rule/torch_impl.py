@@ -165,16 +165,16 @@ def gradients(
     inner[:, :C].mul_(x.D.mul_(x.beta.mT))
     inner[:, C:].mul_(x.D.mul_(-x.beta).tril_(-1))
     of_q, of_k = products.mul_(inner).split(C, 1)
-    # What two tokens after t give each other cancels in dg_t: float64, so that it does so fully.
-    within = of_q.tril_(-1).add_(of_k).double()
+    within = of_q.add_(of_k).tril_(-1)
 
     dqk = torch.bmm(dOR, S.mT).mul_(decay)
     to_state = torch.bmm(E, dS.mT).mul_(x.tail * x.beta)
     by_row, kept = dot(x.qk, dqk), dot(x.k, to_state).double()
-    dG = within.sum(-1, keepdim=True) - within.sum(-2).unsqueeze(-1)
-    dG += by_row[:, :C] + by_row[:, C:] - kept
-    dG[:, -1:] += x.last * (S * dS).sum((-1, -2), keepdim=True) + kept.sum(1, keepdim=True)
-    dg = dG.flip(1).cumsum(1).flip(1)
+    # What tokens from i on read of those before: no difference of sums, in which rounding would stay.
+    by_row = (by_row[:, :C] + by_row[:, C:]).double()
+    after = torch.bmm(torch.ones_like(within[:1]).triu_().expand_as(within), within).tril_(-1)
+    dg = by_row.flip(1).cumsum(1).flip(1) + kept.cumsum(1) - kept + after.sum(-1, keepdim=True)
+    dg += x.last * (S * dS).sum((-1, -2), keepdim=True)
 
     dqk.baddbmm_(inner, x.k)
     dqk[:, C:].add_(to_state.baddbmm_(inner.mT, x.qk))

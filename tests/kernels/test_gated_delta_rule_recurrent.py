@@ -7,7 +7,7 @@ from prism_kernels import fused_recurrent_gated_delta_rule
 from prism_kernels._core.runtime import record_launches
 from prism_kernels.gated_delta_rule import launch_recurrent
 from prism_kernels.testing.budgets import cotangents, forward_backward
-from prism_kernels.testing.catalogue.gated_delta_rule import RECURRENT, draw_case, run
+from prism_kernels.testing.catalogue.gated_delta_rule import CHUNK, RECURRENT, draw_case, run
 from prism_kernels.testing.inputs import Draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,15 +72,16 @@ def test_states_of_packed_sequences_never_overlap():
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_replays_with_new_bounds():
+@pytest.mark.parametrize("name", [CHUNK, RECURRENT])
+def test_a_cuda_graph_replays_with_new_bounds(name):
     case = packed_case()
     leaves = [t.requires_grad_() for n, t in case.tensors.items() if n != "cu_seqlens"]
     bounds = case.tensors["cu_seqlens"]
 
-    weights = [w.to(DEVICE) for w in cotangents(run(RECURRENT, case, "triton")).values()]
+    weights = [w.to(DEVICE) for w in cotangents(run(name, case, "triton")).values()]
 
     def call():
-        outputs = run(RECURRENT, case, "triton")
+        outputs = run(name, case, "triton")
         return [*outputs.values(), *torch.autograd.grad(list(outputs.values()), leaves, weights)]
 
     stream = torch.cuda.Stream()
