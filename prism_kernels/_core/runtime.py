@@ -91,7 +91,8 @@ def shared_memory(device: torch.device) -> int | None:
     """Bytes of shared memory that one program may take; None where kernels do not run on a CUDA device."""
     if device.type != "cuda" or torch.version.hip:
         return None
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def device_of(*args: Any) -> contextlib.AbstractContextManager:
