@@ -107,14 +107,15 @@ def inverse_precision(dtype: torch.dtype, l2norm: bool) -> dict:
     return {"INVERSE": tl.float16 if l2norm else tl.float32, "INVERSE_PRECISION": precision}
 
 
-def narrower(table: dict[int, tuple[int, int]], K: int, V: int, q: Tensor) -> dict:
-    """Block of values, warps and stages of a state kernel for this head.
+def narrower(
+    table: dict[int, tuple[int, int]], K: int, V: int, dtype: torch.dtype, room: int | None = None
+) -> dict:
+    """Block of values, warps and stages of a state kernel for this head and `room` bytes of shared memory.
 
     Raises:
         NotImplementedError: The device has too little shared memory for heads of this width.
     """
     widest = max(padded(K), padded(V))
-    room = shared_memory(q.device)
     stages = next((n for n in (2, 1) if room is None or SHARED[widest][n - 1] * 1024 <= room), 0)
     if stages == 0:
         fitting = max((w for w, (needed, _) in SHARED.items() if needed * 1024 <= (room or 0)), default=0)
@@ -122,7 +123,7 @@ def narrower(table: dict[int, tuple[int, int]], K: int, V: int, q: Tensor) -> di
         expected = f"{SHARED[widest][0]} KiB of shared memory for K = {K}, V = {V} on the 'triton' path"
         fail("chunk_gated_delta_rule", expected, f"{(room or 0) // 1024} KiB", advice, NotImplementedError)
     BV, warps = table[widest]
-    if q.dtype.itemsize > 2:
+    if dtype.itemsize > 2:
         return {"BV": min(16 if padded(K) > 64 else 32, padded(V)), "num_warps": 8, "num_stages": 1}
     return {"BV": min(BV, padded(V)), "num_warps": warps, "num_stages": stages}
 
@@ -155,7 +156,7 @@ def chunk_forward(
         **common, **inverse_precision(q.dtype, l2norm),
     )  # fmt: skip
     o, final = empty_tokens(v, cu_seqlens), g.new_empty(S, HV, K, V)
-    blocks = narrower(SCAN, K, V, q)
+    blocks = narrower(SCAN, K, V, q.dtype, shared_memory(q.device))
     launch(
         chunk_forward_kernels.scan_kernel,
         (S * HV * triton.cdiv(V, blocks["BV"]),),
@@ -190,7 +191,7 @@ def chunk_backward(
     R, _, C = G.shape
     S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     common, bounds = constants(q, v, cu_seqlens, scale, l2norm, C), G if cu_seqlens is None else cu_seqlens
-    blocks = narrower(STATES, K, V, q)
+    blocks = narrower(STATES, K, V, q.dtype, shared_memory(q.device))
     NV = triton.cdiv(V, blocks["BV"])
     E, dR = (g.new_empty(R, HV, C, V, dtype=fixed(q.dtype)) for _ in range(2))
     state, dstate = (g.new_empty(R, HV, K, V, dtype=fixed(q.dtype)) for _ in range(2))
