@@ -5,7 +5,6 @@ import triton.language as tl
 
 from ..._core.tl_math import dot, narrow
 from .common import (
-    across,
     chunk_at,
     decays,
     dot_parts,
@@ -107,7 +106,7 @@ def states_kernel(
             dU = dot_parts(k, None, held, held_low, DTYPE, PRECISION, ACC) * tail[:, None]
             dU += dot(tl.trans(P), do, DTYPE, PRECISION, ACC)
             x, x_low = split(dU * (beta * N_row)[:, None], DTYPE, ACC)
-            dR = dU + dot_parts(tl.trans(N), across(N_low), x, x_low, DTYPE, PRECISION, ACC)
+            dR = dU + dot_parts(tl.trans(N), tl.trans(N_low), x, x_low, DTYPE, PRECISION, ACC)
             top = largest(dR)
             tl.store(p_dR_top + (i_rh * NV + i_v) * C + o_c, top)
             store_fixed(p_dR + rows * V, o_cv, dR, top, m_v, ACC)
@@ -224,13 +223,13 @@ def inputs_kernel(
                 top = tl.load(p_S_top + o_row, mask=m_k, other=0.0)
                 state = load_fixed(p_S + i_rh * K * V, o_kv, top, m_k[:, None] & m_v, ACC)
                 erased += dot_parts(
-                    narrow(state, DTYPE), None, tl.trans(dR), across(dR_low), DTYPE, PRECISION, ACC
+                    narrow(state, DTYPE), None, tl.trans(dR), tl.trans(dR_low), DTYPE, PRECISION, ACC
                 )
                 top = tl.load(p_dS_top + o_row, mask=m_k, other=0.0)
                 dstate = load_fixed(p_dS + i_rh * K * V, o_kv, top, m_k[:, None] & m_v, ACC)
                 end += tl.sum(state.to(GACC) * dstate, 1)
                 held, held_low = split(dstate, DTYPE, ACC)
-                kept += dot_parts(held, held_low, tl.trans(E), across(E_low), DTYPE, PRECISION, ACC)
+                kept += dot_parts(held, held_low, tl.trans(E), tl.trans(E_low), DTYPE, PRECISION, ACC)
             tl.store(p_dbeta + of_value + o_c * HV, dbeta, mask=m_t)
             q = load_tokens_across(p_q + of_key, o_c, o_k, rest, H, K)
             k = load_tokens_across(p_k + of_key, o_c, o_k, rest, H, K)

@@ -52,31 +52,23 @@ def chunk_at(p_bounds, i_r, T, S, C: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def split(x, DTYPE: tl.constexpr, ACC: tl.constexpr):
-    """`x` rounded to DTYPE, and what that leaves out, rounded likewise (None where DTYPE is ACC)."""
+    """`x` rounded to DTYPE, and what that leaves out, rounded likewise (any tensor where DTYPE is ACC)."""
     high = narrow(x, DTYPE)
     if DTYPE != ACC:
         return high, narrow(x - high.to(ACC), DTYPE)
     else:
-        return high, None
-
-
-@triton.jit
-def across(low):
-    """Transpose of a low part, where there is one."""
-    if low is None:
-        return None
-    else:
-        return tl.trans(low)
+        return high, high
 
 
 @triton.jit
 def dot_parts(a, a_low, b, b_low, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """Product of operands of which those with a `low` part (not None) come in two parts."""
     product = dot(a, b, DTYPE, PRECISION, ACC)
-    if a_low is not None:
-        product += dot(a_low, b, DTYPE, PRECISION, ACC)
-    if b_low is not None:
-        product += dot(a, b_low, DTYPE, PRECISION, ACC)
+    if DTYPE != ACC:
+        if a_low is not None:
+            product += dot(a_low, b, DTYPE, PRECISION, ACC)
+        if b_low is not None:
+            product += dot(a, b_low, DTYPE, PRECISION, ACC)
     return product
 
 
@@ -114,11 +106,11 @@ def load_fixed(p, o, top, m, ACC: tl.constexpr):
 @triton.jit
 def load_square(p, o, top, DTYPE: tl.constexpr, ACC: tl.constexpr):
     """Rows of a square that `store_fixed` stored, as the two bytes of each number, which are exact in any
-    DTYPE, and the factor of each row: (high + low) * factor. No second part where `p` has ACC.
+    DTYPE, and the factor of each row: (high + low) * factor. One part where `p` has ACC.
     """
     n = tl.load(p + o)
     if p.dtype.element_ty == ACC:
-        return n, None, tl.full([o.shape[0]], 1.0, ACC)
+        return n, n, tl.full([o.shape[0]], 1.0, ACC)
     else:
         high, low = (n >> 8).to(ACC) * (1.0 / 128), (n & 255).to(ACC) * (1.0 / 32768)
         return narrow(high, DTYPE), narrow(low, DTYPE), top * (32768.0 / FIXED_MAX)
