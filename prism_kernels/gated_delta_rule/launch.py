@@ -146,6 +146,7 @@ def chunk_forward(
     R, _, C = G.shape
     S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     common, bounds = constants(q, v, cu_seqlens, scale, l2norm, C), G if cu_seqlens is None else cu_seqlens
+    blocks = narrower(SCAN, K, V, q.dtype, shared_memory(q.device))
     half = min(C, 32)
     launch(
         chunk_forward_kernels.prepare_kernel,
@@ -156,7 +157,6 @@ def chunk_forward(
         **common, **inverse_precision(q.dtype, l2norm),
     )  # fmt: skip
     o, final = empty_tokens(v, cu_seqlens), g.new_empty(S, HV, K, V)
-    blocks = narrower(SCAN, K, V, q.dtype, shared_memory(q.device))
     launch(
         chunk_forward_kernels.scan_kernel,
         (S * HV * triton.cdiv(V, blocks["BV"]),),

@@ -34,12 +34,6 @@ def constants(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, l2n
     }
 
 
-def checkpoints(B: int, T: int, sequences: int, packed: bool) -> int:
-    """States saved per value head. A packed sequence that starts at token t has checkpoints from t // EVERY
-    plus its number on, which leaves room for its last, shorter piece."""
-    return T // EVERY + sequences if packed else B * triton.cdiv(T, EVERY)
-
-
 def forward(
     q: Tensor,
     k: Tensor,

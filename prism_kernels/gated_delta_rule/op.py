@@ -99,9 +99,10 @@ def recurrent_residuals(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, impl: s
     (S, HV, K, V), wide = state_shape(q, v, cu_seqlens), accumulate_dtype(q.dtype)
     none = ((0,), wide)
     if impl == "triton":
-        from .launch_recurrent import checkpoints
+        from .launch import rows_of_chunks
+        from .launch_recurrent import EVERY
 
-        rows = checkpoints(v.shape[0], v.shape[1], S, cu_seqlens is not None)
+        rows = rows_of_chunks(v.shape[0], v.shape[1], EVERY, cu_seqlens)
         return [((rows * HV, K, V), wide), none, none, none]
     every = torch_impl.CHECKPOINT
     return [((S * HV * ((v.shape[1] + every - 1) // every), K, V), wide), none, none, none]

@@ -57,20 +57,6 @@ def test_no_axis_of_a_grid_but_the_first_grows():
     assert max(launch.grid[0] for launch in launches) == 70_000
 
 
-def test_states_of_packed_sequences_never_overlap():
-    every, generator = launch_recurrent.EVERY, torch.Generator().manual_seed(0)
-    for _ in range(200):
-        lengths = torch.randint(0, 70, (7,), generator=generator) * torch.randint(
-            0, 2, (7,), generator=generator
-        )
-        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        T = int(starts[-1]) + 3
-        first = starts[:-1] // every + torch.arange(7)
-        end = first + (lengths + every - 1) // every
-        assert (end[:-1] <= first[1:]).all()
-        assert end[-1] <= launch_recurrent.checkpoints(1, T, 7, packed=True)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [CHUNK, RECURRENT])
 def test_a_cuda_graph_replays_with_new_bounds(name):
