@@ -85,6 +85,7 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
         calls.append((f"D2048 W4 L4 ring {short}", partial(_conv_update, dtype)))
         for size in (64, 32, 128, 256):
             calls.append((f"K=V={size} {short}", partial(_delta, pk.chunk_gated_delta_rule, size, dtype)))
+            calls.append((f"K=V={size} few heads {short}", partial(_delta_few, size, dtype)))
         calls.append((f"K=V=64 l2 {short}", partial(_delta, pk.chunk_gated_delta_rule, 64, dtype, l2=True)))
         for size in (64, 128):
             recurrent = partial(_delta, pk.fused_recurrent_gated_delta_rule, size, dtype)
@@ -141,6 +142,13 @@ def _delta(op: Callable, size: int, dtype: torch.dtype, l2: bool = False) -> tup
     g, beta, h0 = _leaf(2, 256, 16), _leaf(2, 256, 16), _leaf(2, 16, size, size)
     options = {"output_final_state": True, "use_qk_l2norm_in_kernel": l2, "impl": "triton"}
     return op(q, k, v, g, beta=beta, initial_state=h0, **options)
+
+
+def _delta_few(size: int, dtype: torch.dtype) -> tuple:
+    """So few heads that sequences are cut into segments."""
+    q, k, v = (_leaf(1, 4096, 1, size, dtype=dtype) for _ in range(3))
+    options = {"initial_state": _leaf(1, 1, size, size), "output_final_state": True, "impl": "triton"}
+    return pk.chunk_gated_delta_rule(q, k, v, _leaf(1, 4096, 1), beta=_leaf(1, 4096, 1), **options)
 
 
 def _delta_packed(op: Callable, dtype: torch.dtype) -> tuple:

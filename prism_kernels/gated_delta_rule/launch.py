@@ -1,5 +1,8 @@
 """Launchers of the kernels, and the table of their constants. Imports Triton; op.py imports it lazily."""
 
+from math import isqrt
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +12,7 @@ from .._core.checks import fail
 from .._core.runtime import accumulate_dtype, launch, shared_memory
 from .kernels import chunk_backward as chunk_backward_kernels
 from .kernels import chunk_forward as chunk_forward_kernels
+from .kernels import segments as segments_kernels
 
 # Largest block of values and warps of the state kernels, by padded width of the head; 16-bit operands.
 # Blocks of 64 values would spill in the loop where the table says 32 (128 in both, 64 in `states_kernel`).
@@ -16,6 +20,12 @@ SCAN = {16: (32, 2), 32: (32, 2), 64: (64, 4), 128: (32, 4), 256: (32, 8)}
 STATES = {16: (32, 2), 32: (32, 2), 64: (32, 4), 128: (32, 4), 256: (32, 8)}
 # KiB of shared memory that the hungriest kernel may take, by the same width, with one and with two stages.
 SHARED = {16: (32, 32), 32: (32, 32), 64: (48, 96), 128: (72, 108), 256: (96, 96)}
+CARRY = 32, 16, 8  # columns of M at a time, values of a program, warps; 64 columns would spill
+
+# Sequences are cut into segments where a state kernel has at most PROGRAMS / LEAST programs: see the README.
+PROGRAMS = 128  # of them that a large device runs side by side
+LEAST = 4  # segments of a sequence, on average
+SHORTEST = 8  # chunks of a segment
 
 
 def padded(width: int) -> int:
@@ -48,8 +58,20 @@ def wide_warps(K: int) -> int:
     return 16 if padded(K) > 64 else 8
 
 
+def segment_length(programs: int, tokens: int, C: int) -> int:
+    """Tokens of a segment, or 0 for none, given the programs of a state kernel and the (mean) tokens of a
+    sequence: by shapes alone, so that results repeat.
+    """
+    chunks, segments = triton.cdiv(tokens, C), PROGRAMS // max(1, programs)
+    if segments < LEAST or chunks < LEAST * SHORTEST:
+        return 0
+    return C * max(SHORTEST, isqrt(chunks), triton.cdiv(chunks, segments))
+
+
 def rows_of_chunks(B: int, T: int, C: int, cu_seqlens: Tensor | None) -> int:
-    """Rows R of what is kept per chunk: exact, or for packed sequences the bound of `kernels/common.py`."""
+    """Rows R of what is kept per chunk (or segment of C tokens): exact, or for packed sequences the bound of
+    `kernels/common.py`.
+    """
     return B * triton.cdiv(T, C) if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
 
 
@@ -157,14 +179,70 @@ def chunk_forward(
         **common, **inverse_precision(q.dtype, l2norm),
     )  # fmt: skip
     o, final = empty_tokens(v, cu_seqlens), g.new_empty(S, HV, K, V)
+    NV = triton.cdiv(V, blocks["BV"])
+    first, rows = initial_state, S
+    L = segment_length(S * HV * NV, B * T // S, C)
+    if L:
+        first, _, rows = between_segments(q, k, v, None, None, initial_state, cu_seqlens, kept, L, common)
     launch(
         chunk_forward_kernels.scan_kernel,
-        (S * HV * triton.cdiv(V, blocks["BV"]),),
-        q, k, v, N, P, G, *factors(tokens), final if initial_state is None else initial_state, bounds,
-        o, final, T,
-        V=V, FIRST=initial_state is not None, **common, **blocks,
+        (rows * HV * NV,),
+        q, k, v, N, P, G, *factors(tokens), final if first is None else first, bounds,
+        o, final, T, S, L,
+        V=V, FIRST=first is not None, SEGMENTED=L > 0, **common, **blocks,
     )  # fmt: skip
     return o, final
+
+
+class Segments(NamedTuple):
+    """What cuts the recurrences: the state at the start of each segment, the gradient of that at its end, and
+    their number.
+    """
+
+    first: Tensor
+    dfinal: Tensor
+    rows: int
+
+
+def between_segments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor | None,
+    dfinal: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kept: list[Tensor],
+    L: int,
+    common: dict,
+) -> Segments:
+    """The state at the start of every segment of L tokens and, given `do`, the gradient at its end."""
+    (B, T, HV, V), K = v.shape, q.shape[3]
+    N, P, G, tokens = kept
+    S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows, wide = rows_of_chunks(B, T, L, cu_seqlens), accumulate_dtype(q.dtype)
+    M, first = (q.new_empty(rows, HV, K, width, dtype=wide) for width in (K, V))
+    last = first if do is None else torch.empty_like(first)
+    bounds = G if cu_seqlens is None else cu_seqlens
+    given = {"FIRST": initial_state is not None, "DFINAL": dfinal is not None, "BACKWARD": do is not None}
+    blocks = narrower(STATES, K, V, q.dtype, shared_memory(q.device))
+    NV, NK = (triton.cdiv(width, blocks["BV"]) for width in (V, K))
+    launch(
+        segments_kernels.segments_kernel,
+        (rows * HV * (NV + NK + (0 if do is None else NV)),),
+        q, k, v, v if do is None else do, N, P, G, *factors(tokens), bounds, M, first, last, T, S, L,
+        V=V, **common, **blocks, **given,
+    )  # fmt: skip
+    BV = min(CARRY[1], padded(V))
+    launch(
+        segments_kernels.carry_kernel,
+        (S * HV * triton.cdiv(V, BV) * (1 if do is None else 2),),
+        M, first, last, first if initial_state is None else initial_state,
+        last if dfinal is None else dfinal, bounds, T, L,
+        HV=HV, K=K, V=V, BK=padded(K), BJ=min(CARRY[0], padded(K)), BV=BV,
+        PACKED=cu_seqlens is not None, num_warps=CARRY[2], num_stages=1, **given,
+    )  # fmt: skip
+    return Segments(first, last, rows)
 
 
 def empty_tokens(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -198,13 +276,19 @@ def chunk_backward(
     E_top, dR_top = (g.new_empty(R, HV, NV, C) for _ in range(2))
     state_top, dstate_top = (g.new_empty(R, HV, NV, K) for _ in range(2))
     dfirst = g.new_empty(S, HV, K, V)
+    first, rows = initial_state, S
+    L = segment_length(S * HV * NV * 2, B * T // S, C)
+    if L:
+        first, dfinal, rows = between_segments(
+            q, k, v, do, dfinal, initial_state, cu_seqlens, kept, L, common
+        )
     launch(
         chunk_backward_kernels.states_kernel,
-        (S * HV * NV * 2,),
+        (rows * HV * NV * 2,),
         q, k, v, do, N, P, G, *factors(tokens),
-        dfirst if initial_state is None else initial_state, dfirst if dfinal is None else dfinal, bounds,
-        E, E_top, state, state_top, dR, dR_top, dstate, dstate_top, dfirst, T,
-        V=V, FIRST=initial_state is not None, DFINAL=dfinal is not None, **common, **blocks,
+        dfirst if first is None else first, dfirst if dfinal is None else dfinal, bounds,
+        E, E_top, state, state_top, dR, dR_top, dstate, dstate_top, dfirst, T, S, L,
+        V=V, FIRST=first is not None, DFINAL=dfinal is not None, SEGMENTED=L > 0, **common, **blocks,
     )  # fmt: skip
     dq, dk, dv, dbeta = (empty_tokens(x, cu_seqlens) for x in (q, k, v, g))
     dg = empty_tokens(g.expand(2, *g.shape), cu_seqlens)

@@ -47,6 +47,9 @@ def _delta(dtype: torch.dtype) -> Iterator[tuple]:
             name = f"K{K} V{V} C{C}" + " unit keys" * unit
             options = {"chunk_size": C, "use_qk_l2norm_in_kernel": unit}
             yield "chunk_gated_delta_rule", name, partial(draw, name, (1, 70, 2, K, V), **options)
+    for K in WIDTHS:  # as many tokens as it takes for sequences to be cut into segments
+        name = f"K{K} V{K} few heads"
+        yield "chunk_gated_delta_rule", name, partial(draw, name, (1, 2100, 1, K, K), chunk_size=64)
     for K, V in (*((w, w) for w in WIDTHS), (128, 64), (40, 128)):
         name = f"K{K} V{V}"
         yield "fused_recurrent_gated_delta_rule", name, partial(draw, name, (1, 19, 2, K, V))
@@ -105,5 +108,7 @@ def configuration_of(launch: Launch) -> tuple:
     """What was chosen for a launch: the kernel, the dtype of its data, blocks, warps and stages."""
     tensors = [a for a in launch.args if isinstance(a, torch.Tensor)]
     dtype = min((t.dtype for t in tensors), key=lambda d: d.itemsize)
-    blocks = {n: v for n, v in launch.constexprs.items() if n.startswith("B") or n in ("C", "SEGMENT")}
+    blocks = {
+        n: v for n, v in launch.constexprs.items() if n.startswith("B") or n in ("C", "SEGMENT", "SEGMENTED")
+    }
     return launch.kernel.__name__, str(dtype), *sorted(blocks.items()), *sorted(launch.options.items())

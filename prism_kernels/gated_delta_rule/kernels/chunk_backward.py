@@ -8,37 +8,49 @@ from .common import (
     chunk_at,
     decays,
     dot_parts,
+    errors_of,
+    errors_of_back,
     largest,
     load_fixed,
     load_norm,
     load_square,
     load_tokens,
     load_tokens_across,
+    segment_at,
     span,
     split,
     store_fixed,
+    written,
+    written_back,
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "S", "L"])
 def states_kernel(
     p_q, p_k, p_v, p_do, p_N, p_P, p_G, p_b, p_top, p_norm_q, p_norm_k, p_first, p_dfinal, p_bounds,
     p_E, p_E_top, p_S, p_S_top, p_dR, p_dR_top, p_dS, p_dS_top, p_dfirst,
-    T,
+    T, S, L,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SCALE: tl.constexpr, L2: tl.constexpr, PACKED: tl.constexpr, FIRST: tl.constexpr, DFINAL: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Half 0 runs the state forward and keeps E and S at chunk starts; half 1, which does not depend on it,
-    runs the gradient of the state backward and keeps dR and dS at chunk ends. Grid (S * HV * V / BV * 2).
+    runs the gradient of the state backward and keeps dR and dS at chunk ends. Grid (S * HV * V / BV * 2), or
+    with segments of L tokens, which have a state and a gradient to start from, (rows of them * ...).
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     half, i_v = tl.program_id(0) % 2, tl.program_id(0) // 2 % NV
     i_sh = (tl.program_id(0) // (2 * NV)).to(tl.int64)
     i_s, i_hv = i_sh // HV, i_sh % HV
     i_h = i_hv // (HV // H)
-    start, length, row = span(p_bounds, i_s, T, C, PACKED)
+    if SEGMENTED:
+        start, follow, row, i_s, number = segment_at(p_bounds, i_s, T, S, L, C, PACKED)
+        if (follow <= 0) & (number > 0):
+            return
+        length = tl.minimum(follow, L)
+    else:
+        start, length, row = span(p_bounds, i_s, T, C, PACKED)
     steps = tl.cdiv(length, C)
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -68,15 +80,11 @@ def states_kernel(
             top = largest(state)
             tl.store(p_S_top + (i_rh * NV + i_v) * K + o_k, top, mask=m_k)
             store_fixed(p_S + i_rh * K * V, o_kv, state, top, m_kv, ACC)
-            error = v.to(ACC) - dot(k, state, DTYPE, PRECISION, ACC) * gamma[:, None]
-            R = narrow(error * beta[:, None], DTYPE)
-            error += dot_parts(N, N_low, R, None, DTYPE, PRECISION, ACC) * N_row[:, None]
+            error = errors_of(state, k, v, N, N_low, N_row, gamma, beta, DTYPE, PRECISION, ACC)
             top = largest(error)
             tl.store(p_E_top + (i_rh * NV + i_v) * C + o_c, top)
             store_fixed(p_E + rows * V, o_cv, error, top, m_v, ACC)
-            U, U_low = split(error * (beta * tail)[:, None], DTYPE, ACC)
-            state *= tl.exp2(G_end).to(ACC)
-            state += dot_parts(tl.trans(k), None, U, U_low, DTYPE, PRECISION, ACC)
+            state = written(state, k, error, beta * tail, G_end, DTYPE, PRECISION, ACC)
     else:
         dstate = tl.zeros([BK, BV], ACC)
         if DFINAL:
@@ -97,24 +105,19 @@ def states_kernel(
             G_first, G_end = tl.load(p_G + rows), tl.load(p_G + rows + C - 1)
             norm_k = load_norm(p_norm_k + rows, o_c, L2, ACC)
             norm_q = load_norm(p_norm_q + rows, o_c, L2, ACC)
-            # From the first token on: its share must not vanish in 16 bits under a strong decay before it.
             gamma, tail = tl.exp2(G - G_first).to(ACC), tl.exp2(G_end - G).to(ACC) * norm_k
             top = largest(dstate)
             tl.store(p_dS_top + (i_rh * NV + i_v) * K + o_k, top, mask=m_k)
             store_fixed(p_dS + i_rh * K * V, o_kv, dstate, top, m_kv, ACC)
-            held, held_low = split(dstate, DTYPE, ACC)
-            dU = dot_parts(k, None, held, held_low, DTYPE, PRECISION, ACC) * tail[:, None]
-            dU += dot(tl.trans(P), do, DTYPE, PRECISION, ACC)
-            x, x_low = split(dU * (beta * N_row)[:, None], DTYPE, ACC)
-            dR = dU + dot_parts(tl.trans(N), tl.trans(N_low), x, x_low, DTYPE, PRECISION, ACC)
+            dR = errors_of_back(dstate, k, do, N, N_low, N_row, P, tail, beta, DTYPE, PRECISION, ACC)
             top = largest(dR)
             tl.store(p_dR_top + (i_rh * NV + i_v) * C + o_c, top)
             store_fixed(p_dR + rows * V, o_cv, dR, top, m_v, ACC)
-            dstate *= tl.exp2(G_end - G_first).to(ACC)
-            from_o = do.to(ACC) * (gamma * norm_q * SCALE)[:, None]
-            dstate += dot(tl.trans(q), from_o, DTYPE, PRECISION, ACC)
-            dstate -= dot(tl.trans(k), dR * (gamma * norm_k * beta)[:, None], DTYPE, PRECISION, ACC)
-            dstate *= tl.exp2(G_first).to(ACC)
+            of_q, of_k = gamma * norm_q * SCALE, gamma * norm_k * beta
+            dstate = written_back(dstate, q, k, do, dR, of_q, of_k, G_first, G_end, DTYPE, PRECISION, ACC)
+        if SEGMENTED:
+            o_all += (i_s * HV + i_hv - i_sh) * K * V
+            m_kv &= number == 0
         tl.store(p_dfirst + o_all, dstate, mask=m_kv)
 
 

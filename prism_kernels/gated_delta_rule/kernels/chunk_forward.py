@@ -15,6 +15,7 @@ from .common import (
     load_norm,
     load_square,
     load_tokens,
+    segment_at,
     span,
     split,
     store_fixed,
@@ -119,22 +120,30 @@ def prepare_kernel(
         store_fixed(p_N, o_cc + HALF * C + HALF, N22, top, None, ACC)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "S", "L"])
 def scan_kernel(
     p_q, p_k, p_v, p_N, p_P, p_G, p_b, p_top, p_norm_q, p_norm_k, p_first, p_bounds,
     p_o, p_final,
-    T,
+    T, S, L,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SCALE: tl.constexpr, L2: tl.constexpr, PACKED: tl.constexpr, FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and final state; the state [BK, BV] stays in registers. Grid (S * HV * V / BV)."""
+    """Outputs and final state; the state [BK, BV] stays in registers. Grid (S * HV * V / BV),
+    or with segments of L tokens, which have a state to start from, (rows of them * HV * V / BV).
+    """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v, i_sh = tl.program_id(0) % NV, (tl.program_id(0) // NV).to(tl.int64)
     i_s, i_hv = i_sh // HV, i_sh % HV
     i_h = i_hv // (HV // H)
-    start, length, row = span(p_bounds, i_s, T, C, PACKED)
+    if SEGMENTED:
+        start, follow, row, i_s, number = segment_at(p_bounds, i_s, T, S, L, C, PACKED)
+        if (follow <= 0) & (number > 0):
+            return
+        length = tl.minimum(follow, L)
+    else:
+        start, length, row = span(p_bounds, i_s, T, C, PACKED)
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     o_cc = o_c[:, None] * C + o_c[None, :]
@@ -169,4 +178,7 @@ def scan_kernel(
         state += dot_parts(tl.trans(k), None, U, U_low, DTYPE, PRECISION, ACC)
         m_o = (o_c < rest)[:, None] & (o_v < V)[None, :]
         tl.store(p_o + of_value * V + o_c[:, None] * (HV * V) + o_v[None, :], narrow(o, DTYPE), mask=m_o)
+    if SEGMENTED:
+        o_state += (i_s * HV + i_hv - i_sh) * K * V
+        m_state &= follow <= L  # the last of its sequence
     tl.store(p_final + o_state, state, mask=m_state)

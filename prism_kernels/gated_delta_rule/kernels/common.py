@@ -22,8 +22,8 @@ FIXED_MAX: tl.constexpr = tl.constexpr(32767.0)
 
 
 @triton.jit
-def span(p_bounds, i_s, T, C: tl.constexpr, PACKED: tl.constexpr):
-    """First token of a sequence, how many it has, and its first row of chunks."""
+def span(p_bounds, i_s, T, C, PACKED: tl.constexpr):
+    """First token of a sequence, how many it has, and its first row of chunks of C tokens (or segments)."""
     if PACKED:
         start = tl.load(p_bounds + i_s).to(tl.int64)
         length = (tl.load(p_bounds + i_s + 1) - start).to(tl.int32)
@@ -33,21 +33,43 @@ def span(p_bounds, i_s, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def sequence_at(p_bounds, i_r, S, C):
+    """The last of S packed sequences whose first row is not after `i_r`."""
+    i_s, end = i_r * 0, i_r * 0 + S
+    while end - i_s > 1:
+        middle = (i_s + end) // 2
+        before = tl.load(p_bounds + middle).to(tl.int64) // C + middle <= i_r
+        i_s, end = tl.where(before, middle, i_s), tl.where(before, end, middle)
+    return i_s
+
+
+@triton.jit
 def chunk_at(p_bounds, i_r, T, S, C: tl.constexpr, PACKED: tl.constexpr):
     """First token of the chunk in row `i_r`, and how many tokens follow in its sequence; none if unused."""
     if PACKED:
-        i_s, end = i_r * 0, i_r * 0 + S  # the last sequence whose first row is not after i_r
-        while end - i_s > 1:
-            middle = (i_s + end) // 2
-            before = tl.load(p_bounds + middle).to(tl.int64) // C + middle <= i_r
-            i_s, end = tl.where(before, middle, i_s), tl.where(before, end, middle)
-        start, length, row = span(p_bounds, i_s, T, C, PACKED)
+        start, length, row = span(p_bounds, sequence_at(p_bounds, i_r, S, C), T, C, PACKED)
         into = (i_r - row) * C
         return start + into, (length - into).to(tl.int32)
     else:
         steps = tl.cdiv(T, C)
         into = (i_r % steps) * C
         return (i_r // steps) * T + into, (T - into).to(tl.int32)
+
+
+@triton.jit
+def segment_at(p_bounds, i_x, T, S, L, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token of the segment in row `i_x`, how many follow in its sequence, its first row of chunks, its
+    sequence, and its number there. No token follows if the row is unused, or its sequence is empty.
+    """
+    if PACKED:
+        i_s = sequence_at(p_bounds, i_x, S, L)
+        number = i_x - (tl.load(p_bounds + i_s).to(tl.int64) // L + i_s)
+    else:
+        segments = tl.cdiv(T, L)
+        i_s, number = i_x // segments, i_x % segments
+    start, length, row = span(p_bounds, i_s, T, C, PACKED)
+    into = number * L
+    return start + into, (length - into).to(tl.int32), row + number * (L // C), i_s, number
 
 
 @triton.jit
@@ -70,6 +92,54 @@ def dot_parts(a, a_low, b, b_low, DTYPE: tl.constexpr, PRECISION: tl.constexpr, 
         if b_low is not None:
             product += dot(a, b_low, DTYPE, PRECISION, ACC)
     return product
+
+
+@triton.jit
+def errors_of(
+    state, k, v, N, N_low, N_row, gamma, beta,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Error of each token of a chunk that starts from `state`."""
+    error = v.to(ACC) - dot(k, state, DTYPE, PRECISION, ACC) * gamma[:, None]
+    R = narrow(error * beta[:, None], DTYPE)
+    return error + dot_parts(N, N_low, R, None, DTYPE, PRECISION, ACC) * N_row[:, None]
+
+
+@triton.jit
+def written(
+    state, k, error, strength, G_end, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
+):
+    """The state at the end of a chunk; `strength` is beta, decayed to there."""
+    U, U_low = split(error * strength[:, None], DTYPE, ACC)
+    state *= tl.exp2(G_end).to(ACC)
+    return state + dot_parts(tl.trans(k), None, U, U_low, DTYPE, PRECISION, ACC)
+
+
+@triton.jit
+def errors_of_back(
+    dstate, k, do, N, N_low, N_row, P, tail, beta,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dR of a chunk, given the gradient of the state at its end."""
+    held, held_low = split(dstate, DTYPE, ACC)
+    dU = dot_parts(k, None, held, held_low, DTYPE, PRECISION, ACC) * tail[:, None]
+    dU += dot(tl.trans(P), do, DTYPE, PRECISION, ACC)
+    x, x_low = split(dU * (beta * N_row)[:, None], DTYPE, ACC)
+    return dU + dot_parts(tl.trans(N), tl.trans(N_low), x, x_low, DTYPE, PRECISION, ACC)
+
+
+@triton.jit
+def written_back(
+    dstate, q, k, do, dR, of_q, of_k, G_first, G_end,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the state at the start of a chunk. Factors `of_q` and `of_k` decay from its first token on:
+    its share must not vanish in 16 bits under a strong decay before it.
+    """
+    dstate *= tl.exp2(G_end - G_first).to(ACC)
+    dstate += dot(tl.trans(q), do.to(ACC) * of_q[:, None], DTYPE, PRECISION, ACC)
+    dstate -= dot(tl.trans(k), dR * of_k[:, None], DTYPE, PRECISION, ACC)
+    return dstate * tl.exp2(G_first).to(ACC)
 
 
 @triton.jit
