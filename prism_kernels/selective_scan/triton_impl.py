@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._core.runtime import launch
-from . import kernels
+from .kernels import textbook as kernels
 from .discrete import Params, ScanGradients
 from .frame import as_pairs
 
