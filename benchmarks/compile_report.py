@@ -1,8 +1,7 @@
 """`python -m benchmarks.compile_report`: what every kernel compiles to, on a machine without a GPU.
 
 Each op is called once with its launches recorded instead of run, so what is compiled is what would
-have been launched: the same kernel, configuration and argument specialisation. Launches for AMD targets are
-recorded as on a machine with an AMD GPU. Columns:
+have been launched on the target: the same kernel, configuration and argument specialisation. Columns:
 
 regs      registers a thread            spill/loop  local-memory instructions, in all and in loops
 smem      shared memory in bytes        group/warp  tensor-core instructions, by a warp group (HGMMA, UTC*MMA)
@@ -23,18 +22,17 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 import prism_kernels as pk
+from prism_kernels._core.configs import ROOM, pretend
 from prism_kernels._core.runtime import Launch, interpreting, record_launches
 from prism_kernels.causal_conv1d.op import causal_conv1d_state_update
 
 from . import budgets, sass
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a block can have
 TENSOR_MEMORY = 512  # columns, from sm_100
 SCANS = ("scan_forward", "scan_backward")  # a program holds BLOCK_C x BLOCK_N states and walks the tokens
 TYPES = {
@@ -205,9 +203,9 @@ def record(call: Callable[[], object]) -> list[Launch]:
     return list(reversed(seen.values()))
 
 
-def launches(only: str, hip: bool) -> list[tuple[str, Launch]]:
-    """Name of the case and launch, of every kernel whose name contains `only`, on NVIDIA or AMD."""
-    with mock.patch.object(torch.version, "hip", "as if" if hip else None):
+def launches(only: str, target: str) -> list[tuple[str, Launch]]:
+    """Name of the case and launch, of every kernel whose name contains `only`, on a card of `target`."""
+    with pretend(target):
         recorded = [(case, launch) for case, call in cases() for launch in record(call)]
     return [(case, launch) for case, launch in recorded if only in launch.kernel.__name__]
 
@@ -251,7 +249,7 @@ def measure(entry: Entry, launch: Launch, compiled: Any) -> Entry:
     """Fill in what the machine code says."""
     cuda = is_cuda(entry.target)
     code, regs = sass.disassemble(compiled.asm["cubin"]) if cuda else sass.read_amd(compiled.asm["amdgcn"])
-    smem, limit = compiled.metadata.shared, SHARED.get(entry.target)
+    smem, limit = compiled.metadata.shared, ROOM.get(entry.target, 0) * 1024
     local = ("LDL", "STL") if cuda else ("scratch_",)
     entry = replace(
         entry,
@@ -351,8 +349,7 @@ def main() -> int:
 
     if args.triton and triton.__version__ != args.triton:
         parser.error(f"triton {triton.__version__} was imported, not {args.triton}")
-    machines = {hip: launches(args.kernel, hip) for hip in {not is_cuda(target) for target in args.target}}
-    found = {target: machines[not is_cuda(target)] for target in args.target}
+    found = {target: launches(args.kernel, target) for target in args.target}
     entries = run({t: first_of_each(launched) if args.first else launched for t, launched in found.items()})
     failed = sum(bool(e.error) for e in entries)
     print(f"\n{len(entries)} kernels compiled with triton {triton.__version__}, {failed} failed")
@@ -362,7 +359,7 @@ def main() -> int:
         report = {
             "triton": triton.__version__,
             "launches": [
-                [launch.kernel.__name__, case] for launched in machines.values() for case, launch in launched
+                [launch.kernel.__name__, case] for launched in found.values() for case, launch in launched
             ],
             "kernels": [asdict(e) for e in entries],
         }

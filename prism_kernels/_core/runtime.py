@@ -87,14 +87,6 @@ def launch(
         kernel[grid](*args, **constexprs, **options, enable_fp_fusion=True)
 
 
-def shared_memory(device: torch.device) -> int | None:
-    """Bytes of shared memory that one program may take; None where kernels do not run on a CUDA device."""
-    if device.type != "cuda" or torch.version.hip:
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-
-
 def device_of(*args: Any) -> contextlib.AbstractContextManager:
     """Make the device of the first tensor among `args` current."""
     tensor = next(a for a in args if isinstance(a, Tensor))

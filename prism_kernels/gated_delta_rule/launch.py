@@ -1,4 +1,4 @@
-"""Launchers of the kernels, and the table of their constants. Imports Triton; op.py imports it lazily."""
+"""Launchers of the kernels of the chunked form. Imports Triton; op.py imports it lazily."""
 
 from math import isqrt
 from typing import NamedTuple
@@ -8,19 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._core.checks import fail
-from .._core.runtime import accumulate_dtype, launch, shared_memory
+from .._core.configs import check_room, config, is_amd
+from .._core.runtime import accumulate_dtype, launch
 from .kernels import chunk_backward as chunk_backward_kernels
 from .kernels import chunk_forward as chunk_forward_kernels
 from .kernels import segments as segments_kernels
 
-# Largest block of values and warps of the state kernels, by padded width of the head; 16-bit operands.
-# Blocks of 64 values would spill in the loop where the table says 32 (128 in both, 64 in `states_kernel`).
-SCAN = {16: (32, 2), 32: (32, 2), 64: (64, 4), 128: (32, 4), 256: (32, 8)}
-STATES = {16: (32, 2), 32: (32, 2), 64: (32, 4), 128: (32, 4), 256: (32, 8)}
-# KiB of shared memory that the hungriest kernel may take, by the same width, with one and with two stages.
-SHARED = {16: (32, 32), 32: (32, 32), 64: (48, 96), 128: (72, 108), 256: (96, 96)}
-CARRY = 32, 16, 8  # columns of M at a time, values of a program, warps; 64 columns would spill
+OP = "chunk_gated_delta_rule"  # whose table is launch_table.toml
 
 # Sequences are cut into segments where a state kernel has at most PROGRAMS / LEAST programs: see the README.
 PROGRAMS = 128  # of them that a large device runs side by side
@@ -41,21 +35,15 @@ def inner_chunk(chunk_size: int, K: int, V: int, dtype: torch.dtype) -> int:
     return min(chunk_size, 64 if 32 < widest < 256 else 32)
 
 
-def prepare_warps(K: int, C: int, dtype: torch.dtype, l2norm: bool) -> int:
-    """More where products are in float32: they have more instructions and hold more registers."""
-    if dtype.itemsize > 2:
-        return wide_warps(K)
-    return (1 if l2norm and C < 64 else 2) * (2 if K > 128 else 1)
+def row(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
+    """Blocks, warps and stages of a kernel for these inputs."""
+    K, V = padded(q.shape[3]), padded(v.shape[3])
+    return config(OP, kernel, q.dtype, max(K, V), q.device).options(BV=V, BJ=K)
 
 
-def inputs_warps(K: int, dtype: torch.dtype) -> int:
-    """Four would spill from 64 on."""
-    return wide_warps(K) if dtype.itemsize > 2 else 8 if padded(K) > 32 else 4
-
-
-def wide_warps(K: int) -> int:
-    """Warps of kernels whose products are in float32 or wider."""
-    return 16 if padded(K) > 64 else 8
+def check_card(q: Tensor, v: Tensor) -> None:
+    """Raise NotImplementedError, before anything is launched, where the card is too small for the heads."""
+    check_room(OP, q.dtype, padded(max(q.shape[3], v.shape[3])), q.device, "K and V")
 
 
 def segment_length(programs: int, tokens: int, C: int) -> int:
@@ -116,38 +104,17 @@ def factors(tokens: Tensor) -> tuple[Tensor, ...]:
     return tuple(tokens) if tokens.shape[0] == 4 else (*tokens, *tokens)
 
 
-def inverse_precision(dtype: torch.dtype, l2norm: bool) -> dict:
+def inverse_precision(q: Tensor, l2norm: bool) -> dict:
     """Products of the inverse: fp16 where keys of length one bound it by 2, else float32 (or wider).
 
     Triton has tf32x3 for NVIDIA alone; AMD's matrix units multiply float32 as it is.
     """
-    if dtype == torch.float64:
+    if q.dtype == torch.float64:
         return {"INVERSE": tl.float64, "INVERSE_PRECISION": "ieee"}
-    if dtype == torch.float32:
+    if q.dtype == torch.float32:
         return {"INVERSE": tl.float32, "INVERSE_PRECISION": "ieee"}
-    precision = "ieee" if torch.version.hip else "tf32x3"
+    precision = "ieee" if is_amd(q.device) else "tf32x3"
     return {"INVERSE": tl.float16 if l2norm else tl.float32, "INVERSE_PRECISION": precision}
-
-
-def narrower(
-    table: dict[int, tuple[int, int]], K: int, V: int, dtype: torch.dtype, room: int | None = None
-) -> dict:
-    """Block of values, warps and stages of a state kernel for this head and `room` bytes of shared memory.
-
-    Raises:
-        NotImplementedError: The device has too little shared memory for heads of this width.
-    """
-    widest = max(padded(K), padded(V))
-    stages = next((n for n in (2, 1) if room is None or SHARED[widest][n - 1] * 1024 <= room), 0)
-    if stages == 0:
-        fitting = max((w for w, (needed, _) in SHARED.items() if needed * 1024 <= (room or 0)), default=0)
-        advice = f"K and V up to {fitting} fit; impl='torch' takes any."
-        expected = f"{SHARED[widest][0]} KiB of shared memory for K = {K}, V = {V} on the 'triton' path"
-        fail("chunk_gated_delta_rule", expected, f"{(room or 0) // 1024} KiB", advice, NotImplementedError)
-    BV, warps = table[widest]
-    if dtype.itemsize > 2:
-        return {"BV": min(16 if padded(K) > 64 else 32, padded(V)), "num_warps": 8, "num_stages": 1}
-    return {"BV": min(BV, padded(V)), "num_warps": warps, "num_stages": stages}
 
 
 def chunk_forward(
@@ -168,17 +135,17 @@ def chunk_forward(
     R, _, C = G.shape
     S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     common, bounds = constants(q, v, cu_seqlens, scale, l2norm, C), G if cu_seqlens is None else cu_seqlens
-    blocks = narrower(SCAN, K, V, q.dtype, shared_memory(q.device))
+    check_card(q, v)
     half = min(C, 32)
     launch(
         chunk_forward_kernels.prepare_kernel,
         (R * HV,),
         q, k, g, beta, bounds, N, P, G, *factors(tokens), T, S,
         HALF=half, LOG_HALF=half.bit_length() - 1,
-        num_warps=prepare_warps(K, C, q.dtype, l2norm), num_stages=1,
-        **common, **inverse_precision(q.dtype, l2norm),
+        **row("prepare_kernel", q, v), **common, **inverse_precision(q, l2norm),
     )  # fmt: skip
     o, final = empty_tokens(v, cu_seqlens), g.new_empty(S, HV, K, V)
+    blocks = row("scan_kernel", q, v)
     NV = triton.cdiv(V, blocks["BV"])
     first, rows = initial_state, S
     L = segment_length(S * HV * NV, B * T // S, C)
@@ -225,7 +192,7 @@ def between_segments(
     last = first if do is None else torch.empty_like(first)
     bounds = G if cu_seqlens is None else cu_seqlens
     given = {"FIRST": initial_state is not None, "DFINAL": dfinal is not None, "BACKWARD": do is not None}
-    blocks = narrower(STATES, K, V, q.dtype, shared_memory(q.device))
+    blocks = row("segments_kernel", q, v)
     NV, NK = (triton.cdiv(width, blocks["BV"]) for width in (V, K))
     launch(
         segments_kernels.segments_kernel,
@@ -233,14 +200,14 @@ def between_segments(
         q, k, v, v if do is None else do, N, P, G, *factors(tokens), bounds, M, first, last, T, S, L,
         V=V, **common, **blocks, **given,
     )  # fmt: skip
-    BV = min(CARRY[1], padded(V))
+    blocks = row("carry_kernel", q, v)
     launch(
         segments_kernels.carry_kernel,
-        (S * HV * triton.cdiv(V, BV) * (1 if do is None else 2),),
+        (S * HV * triton.cdiv(V, blocks["BV"]) * (1 if do is None else 2),),
         M, first, last, first if initial_state is None else initial_state,
         last if dfinal is None else dfinal, bounds, T, L,
-        HV=HV, K=K, V=V, BK=padded(K), BJ=min(CARRY[0], padded(K)), BV=BV,
-        PACKED=cu_seqlens is not None, num_warps=CARRY[2], num_stages=1, **given,
+        HV=HV, K=K, V=V, BK=padded(K),
+        PACKED=cu_seqlens is not None, **blocks, **given,
     )  # fmt: skip
     return Segments(first, last, rows)
 
@@ -269,7 +236,7 @@ def chunk_backward(
     R, _, C = G.shape
     S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     common, bounds = constants(q, v, cu_seqlens, scale, l2norm, C), G if cu_seqlens is None else cu_seqlens
-    blocks = narrower(STATES, K, V, q.dtype, shared_memory(q.device))
+    blocks = row("states_kernel", q, v)
     NV = triton.cdiv(V, blocks["BV"])
     E, dR = (g.new_empty(R, HV, C, V, dtype=fixed(q.dtype)) for _ in range(2))
     state, dstate = (g.new_empty(R, HV, K, V, dtype=fixed(q.dtype)) for _ in range(2))
@@ -298,6 +265,6 @@ def chunk_backward(
         (R * H * 2,),
         q, k, do, G, b, norm_q, norm_k, bounds,
         E, E_top, state, state_top, dR, dR_top, dstate, dstate_top, dq, dk, dv, dg[0], dg[1], dbeta, T, S,
-        V=V, BV=blocks["BV"], num_warps=inputs_warps(K, q.dtype), num_stages=1, **common,
+        V=V, BV=blocks["BV"], **row("inputs_kernel", q, v), **common,
     )  # fmt: skip
     return dq, dk, dv, dg.sum(0), dbeta, dfirst

@@ -10,6 +10,7 @@ import triton.language as tl
 from benchmarks import kinds, traffic
 from benchmarks.results import ResultError
 from benchmarks.traffic import CASES, Case, metered, of_case, total
+from prism_kernels._core import configs
 from prism_kernels._core.runtime import interpreting
 
 REPORT = json.loads(traffic.REPORT.read_text(encoding="utf-8"))
@@ -22,7 +23,11 @@ def by_hand(case):
 
     D, r, dtype = case.width, case.group, torch.bfloat16
     C = launch.inner_chunk(64, D, D, dtype)
-    tops = 8 * (D // launch.narrower(launch.STATES, D, D, dtype)["BV"]) * (1 + D / C)
+    tops = (
+        8
+        * (D // configs.config(launch.OP, "states_kernel", dtype, D, torch.device("cpu"))["BV"])
+        * (1 + D / C)
+    )
     states, unit = 4 * D**2 / C, 8 * case.l2norm
     pairs, inverse = (3, 4.5) if C == 64 else (4, 16)
     return {

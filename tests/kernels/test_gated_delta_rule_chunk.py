@@ -8,12 +8,15 @@ import torch
 
 from benchmarks import budgets
 from prism_kernels import chunk_gated_delta_rule
+from prism_kernels._core import configs
 from prism_kernels._core.runtime import record_launches
 from prism_kernels.gated_delta_rule import launch, op
 from prism_kernels.testing.budgets import cotangents
 from prism_kernels.testing.catalogue.gated_delta_rule import CHUNK, draw_case, run
 from prism_kernels.testing.inputs import Draw
 
+KERNELS = configs.shipped()[CHUNK].search
+CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDE, TOLERANCE = (torch.float32, 1e-4) if torch.cuda.is_available() else (torch.float64, 1e-11)
 EVERYTHING = {"use_qk_l2norm_in_kernel": True, "chunk_size": 16}
@@ -106,10 +109,8 @@ def test_wide_heads(K, V):
     assert_close(results(case, "triton"), results(case, "torch"))
 
 
-def recorded(K, V, dtype=torch.bfloat16, B=1, room=None, monkeypatch=None):
-    """Launches of a forward and backward, by kernel, on a card with so many bytes of shared memory."""
-    if room is not None:
-        monkeypatch.setattr(launch, "shared_memory", lambda device: room)
+def recorded(K, V, dtype=torch.bfloat16, B=1):
+    """Launches of a forward and backward, by kernel."""
     q, k, v = (torch.zeros(B, 70, 2, n, dtype=dtype, requires_grad=True) for n in (K, K, V))
     with record_launches() as launches:
         o = chunk_gated_delta_rule(q, k, v, impl="triton").o
@@ -117,37 +118,51 @@ def recorded(K, V, dtype=torch.bfloat16, B=1, room=None, monkeypatch=None):
     return {launch.kernel.__name__: launch for launch in launches}
 
 
-def test_small_cards_get_a_configuration_that_fits(monkeypatch):
-    large = recorded(128, 128)
-    small = recorded(128, 128, room=99 * 1024, monkeypatch=monkeypatch)
-    for name in ("scan_kernel", "states_kernel"):
-        assert (large[name].options["num_stages"], small[name].options["num_stages"]) == (2, 1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_heads_fit_every_architecture_with_rows_of_its_own(architecture, dtype):
+    with configs.pretend(architecture):
+        for width in configs.WIDTHS:
+            recorded(width, width, dtype)
 
 
-def test_cards_that_are_too_small_are_told_what_fits(monkeypatch):
-    with pytest.raises(NotImplementedError, match="expected 72 KiB .* got 64 KiB. K and V up to 64 fit"):
-        recorded(128, 128, room=64 * 1024, monkeypatch=monkeypatch)
+def test_cards_that_are_too_small_are_told_what_fits():
+    match = "expected 102 KiB .* got 64 KiB on sm_90. K and V up to 32 fit"
+    with configs.pretend("sm_90", 64 * 1024), pytest.raises(NotImplementedError, match=match):
+        recorded(128, 128)
+
+
+def test_nothing_is_launched_on_a_card_that_is_too_small():
+    with configs.pretend("sm_90", 4 * 1024), record_launches() as launches:
+        with pytest.raises(NotImplementedError, match="K and V up to 0 fit"):
+            recorded(256, 64)
+        assert not launches
 
 
 @pytest.mark.gpu
-def test_the_configuration_of_small_cards_is_right(monkeypatch):
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_120"])
+def test_rows_of_small_cards_are_right_on_a_large_one(architecture):
     case = draw_case(Draw(6, torch.bfloat16), "small card", (1, 70, 2, 128, 128), chunk_size=64).to(DEVICE)
     expected = results(case, "triton")
-    monkeypatch.setattr(launch, "shared_memory", lambda device: 99 * 1024)
-    got = results(case, "triton")
+    with configs.pretend(architecture):
+        got = results(case, "triton")
     for name, x in expected.items():
         assert (got[name] - x).abs().max() <= 2e-2 * x.abs().max(), name
 
 
-def test_the_table_of_shared_memory_holds_in_the_committed_report():
-    rows = json.loads(budgets.REPORT.read_text())["kernels"]
-    kernels = ("prepare_kernel", "segments_kernel", "carry_kernel", "scan_kernel", "states_kernel")
-    kernels += ("inputs_kernel",)
-    found = [r for r in rows if r["kernel"] in kernels and r["target"].startswith("sm") and r["smem"]]
+def test_what_rows_say_of_shared_memory_holds_in_the_committed_report():
+    found = 0
+    for r in json.loads(budgets.REPORT.read_text())["kernels"]:
+        if r["kernel"] not in KERNELS or not r["smem"]:
+            continue
+        width = int(r["case"].split("K=V=")[1].split()[0])
+        dtype = torch.bfloat16 if "bf16" in r["case"] else torch.float32
+        with configs.pretend(r["target"]):
+            row = configs.config(launch.OP, r["kernel"], dtype, width, CPU)
+        if (row.warps, row.stages) == (r["warps"], r["stages"]):
+            found += 1
+            assert r["smem"] <= row.shared * 1024, r
     assert found
-    for row in found:
-        width = int(row["case"].split("K=V=")[1].split()[0])
-        assert row["smem"] <= launch.SHARED[width][row["stages"] - 1] * 1024, row
 
 
 def test_any_number_of_heads_and_rows_fits_the_grid():
