@@ -4,7 +4,8 @@ Everything but the recurrence of the state runs on all chunks of a segment at on
 chunk steps as keep its temporaries in cache. Symbols and derivations: README.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,13 +14,13 @@ from torch import Tensor
 from .._core.runtime import accumulate_dtype
 from .layout import Layout
 from .torch_recurrent import CHECKPOINT, recurrent_backward, recurrent_forward
-from .unit_rows import dot, normalise, unnormalise
+from .unit_rows import dot, normalise
 
 __all__ = ["CHECKPOINT", "Saved", "backward", "forward", "inner_chunk", "recurrent_backward"]
 __all__ += ["recurrent_forward"]
 
 # Elements of one operand of a segment, by measurement: fewer cost calls, more leave the cache.
-FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 1 << 18, 1 << 19
+ELEMENTS = 1 << 18
 
 
 class Operands(NamedTuple):
@@ -72,7 +73,7 @@ def forward(
     rows, v_rows = [layout.rows(x) for x in (q, k, g[..., None], beta[..., None])], layout.rows(v)
     state = layout.first_states(initial_state, (HV, K, V), g)
     o, o_rows = layout.new_rows(v)
-    for c0, c1 in segments(layout, FORWARD_ELEMENTS // (HV * C * max(K, V))):
+    for c0, c1 in segments(layout, ELEMENTS // (HV * C * max(K, V))):
         x = load(layout, c0, c1, rows, HV, wide, l2norm)
         n, sizes = layout.matrices(c0, c1, HV), layout.sizes(c0, c1, HV)
         R = layout.take(v_rows, c0, c1, HV, wide)
@@ -81,17 +82,14 @@ def forward(
         writer, reads = (x.k * (x.tail * x.beta)).mT, R.new_empty(len(R), 2 * C, V)
         operands = (x.qk, reads, reads[:, C:], R, x.gamma, N, E, writer, x.last)
         steps = zip(*(t.split(sizes) for t in operands), strict=True)
-        states = [None] * len(sizes) if saved is None else saved.states[n].split(sizes)
-        for start, (qk, both, read, error, gamma, couple, corrected, write, last) in zip(
-            states, steps, strict=True
+        starts = saved.states[n].split(sizes) if saved else [state[:size] for size in sizes]
+        for start, left, (qk, both, read, error, gamma, couple, corrected, write, last) in zip(
+            starts, handed_on(starts, state), steps, strict=True
         ):
-            running = state[: len(qk)]
-            if start is not None:
-                start.copy_(running)
-            torch.bmm(qk, running, out=both)
+            torch.bmm(qk, start, out=both)
             error.addcmul_(gamma, read, value=-1)
             torch.baddbmm(error, couple, error, out=corrected)
-            running.mul_(last).baddbmm_(write, corrected)
+            torch.mul(start, last, out=left).baddbmm_(write, corrected)
         out = (reads[:, :C] * x.gamma).baddbmm_(P, E, beta=scale, alpha=scale)
         layout.store(o_rows, c0, c1, out, HV)
     empty = (g.new_empty(0) for _ in range(3))
@@ -129,7 +127,7 @@ def backward(
     rows, do_rows = [layout.rows(x) for x in inputs], layout.rows(do)
     grads = [layout.new_rows(x) for x in (q, k, v, *inputs[2:])]
     dstate = layout.first_states(dfinal, (HV, K, V), g)
-    for c0, c1 in reversed(list(segments(layout, BACKWARD_ELEMENTS // (HV * C * max(K, V))))):
+    for c0, c1 in reversed(list(segments(layout, ELEMENTS // (HV * C * max(K, V))))):
         x = load(layout, c0, c1, rows, HV, wide, l2norm)
         n, sizes = layout.matrices(c0, c1, HV), layout.sizes(c0, c1, HV)
         N, E, S = saved.N[n], saved.E[n], saved.states[n]
@@ -139,20 +137,32 @@ def backward(
         dU, dS = torch.bmm((products[:, :C] * x.D).mT, dOR[:, :C]), torch.empty_like(S)
         decay = torch.cat((x.gamma, -x.beta * x.gamma), 1)
         N, reader, tailed = (N * x.beta).mT, (x.qk * decay).mT, x.k * x.tail
-        operands = (dS, dU, tailed, N, dOR[:, C:], dOR, reader, x.last)
-        for end, write, tail, couple, error, both, read, last in reversed(
-            list(zip(*(t.split(sizes) for t in operands), strict=True))
+        operands = (dU, tailed, N, dOR[:, C:], dOR, reader, x.last)
+        steps, ends = list(zip(*(t.split(sizes) for t in operands), strict=True)), dS.split(sizes)[::-1]
+        for end, left, (write, tail, couple, error, both, read, last) in zip(
+            ends, handed_on(ends, dstate), reversed(steps), strict=True
         ):
-            running = dstate[: len(end)]
-            end.copy_(running)
-            write.baddbmm_(tail, running)
+            write.baddbmm_(tail, end)
             error.copy_(torch.baddbmm(write, couple, write))
-            running.mul_(last).baddbmm_(read, both)
+            torch.mul(end, last, out=left).baddbmm_(read, both)
         dqk, *others = gradients(x, products, decay, E, S, dOR, dS)
         for (_, out), grad in zip(grads, (dqk[:, :C], dqk[:, C:], *others), strict=True):
             layout.store(out, c0, c1, grad, HV)
     dq, dk, dv, dg, dbeta = (layout.tokens(base, out, T) for base, out in grads)
     return dq, dk, dv, dg[..., 0], dbeta[..., 0], layout.final_states(dstate, HV)
+
+
+def handed_on(rows: Sequence[Tensor], running: Tensor) -> Iterator[Tensor]:
+    """Where each step leaves its state: in the rows of the next one, or, where the number of sequences
+    changes, in `running`, from which the next rows are filled.
+    """
+    rows[0].copy_(running[: len(rows[0])])
+    for here, there in pairwise(rows):
+        same = len(here) == len(there)
+        yield there if same else running[: len(here)]
+        if not same:
+            there.copy_(running[: len(there)])
+    yield running[: len(rows[-1])]
 
 
 def gradients(
@@ -162,23 +172,30 @@ def gradients(
     C = E.shape[1]
     dR = dOR[:, C:]
     inner = torch.bmm(dOR, E.mT)  # gradients of Q K^T over those of K K^T
+    dbeta = inner[:, C:].diagonal(dim1=1, dim2=2)[..., None].clone()
     inner[:, :C].mul_(x.D.mul_(x.beta.mT))
     inner[:, C:].mul_(x.D.mul_(-x.beta).tril_(-1))
-    of_q, of_k = products.mul_(inner).split(C, 1)
-    within = of_q.add_(of_k).tril_(-1)
+    products.mul_(inner)
 
     dqk = torch.bmm(dOR, S.mT).mul_(decay)
     to_state = torch.bmm(E, dS.mT).mul_(x.tail * x.beta)
-    by_row, kept = dot(x.qk, dqk), dot(x.k, to_state).double()
+    by_row, kept = dot(x.qk, dqk), dot(x.k, to_state)
+    if x.norm is not None:  # gradients of rows along these rows, of which each product knows its part
+        along = by_row + products.sum(2, keepdim=True)
+        along[:, C:] += kept + products.sum(1).unsqueeze(2)
+
+    within = products[:, :C].add_(products[:, C:]).tril_(-1)
     # What tokens from i on read of those before: no difference of sums, in which rounding would stay.
-    by_row = (by_row[:, :C] + by_row[:, C:]).double()
+    by_row, kept = (by_row[:, :C] + by_row[:, C:]).double(), kept.double()
     after = torch.bmm(torch.ones_like(within[:1]).triu_().expand_as(within), within).tril_(-1)
     dg = by_row.flip(1).cumsum(1).flip(1) + kept.cumsum(1) - kept + after.sum(-1, keepdim=True)
     dg += x.last * (S * dS).sum((-1, -2), keepdim=True)
 
     dqk.baddbmm_(inner, x.k)
     dqk[:, C:].add_(to_state.baddbmm_(inner.mT, x.qk))
-    return unnormalise(dqk, x.qk, x.norm), dR * x.beta, dg, dot(dR, E)
+    if x.norm is not None:
+        dqk.addcmul_(x.qk, along, value=-1).mul_(x.norm)
+    return dqk, dR * x.beta, dg, dbeta
 
 
 def inner_chunk(chunk_size: int, K: int, V: int) -> int:
