@@ -90,6 +90,10 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
             calls.append((f"K=V={size} {short}", recurrent))
         for op in (pk.fused_recurrent_gated_delta_rule, pk.chunk_gated_delta_rule):
             calls.append((f"K=V=64 packed {short}", partial(_delta_packed, op, dtype)))
+        calls.append((f"K=V=128 checkpoints {short}", partial(_delta_checkpoints, (2, 256, 16, 128), dtype)))
+        calls.append(
+            (f"K=V=64 checkpoints, few heads {short}", partial(_delta_checkpoints, (1, 4096, 1, 64), dtype))
+        )
         for size in (128, 64, 256):
             calls.append((f"step K=V={size} {short}", partial(_delta_step, size, dtype)))
         calls.append((f"step K=V=128 drafts {short}", partial(_delta_step, 128, dtype, drafts=True)))
@@ -147,6 +151,15 @@ def _delta_few(size: int, dtype: torch.dtype) -> tuple:
     q, k, v = (_leaf(1, 4096, 1, size, dtype=dtype) for _ in range(3))
     options = {"initial_state": _leaf(1, 1, size, size), "output_final_state": True, "impl": "triton"}
     return pk.chunk_gated_delta_rule(q, k, v, _leaf(1, 4096, 1), beta=_leaf(1, 4096, 1), **options)
+
+
+def _delta_checkpoints(shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
+    """States after every 128 tokens; with few heads of segments, as with `_delta_few`."""
+    q, k, v = (_leaf(*shape, dtype=dtype) for _ in range(3))
+    options = {"initial_state": _leaf(shape[0], *shape[2:], shape[3]), "every": 128, "impl": "triton"}
+    return pk.chunk_gated_delta_rule_with_checkpoints(
+        q, k, v, _leaf(*shape[:3]), _leaf(*shape[:3]), **options
+    )
 
 
 def _delta_packed(op: Callable, dtype: torch.dtype) -> tuple:

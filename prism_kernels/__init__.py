@@ -7,9 +7,11 @@ from .causal_conv1d import (
     causal_conv1d_update,
 )
 from .gated_delta_rule import (
+    GatedDeltaRuleCheckpointsOutput,
     GatedDeltaRuleOutput,
     GatedDeltaRuleStepOutput,
     chunk_gated_delta_rule,
+    chunk_gated_delta_rule_with_checkpoints,
     fused_recurrent_gated_delta_rule,
     gated_delta_rule_step,
 )
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CausalConv1dOutput",
+    "GatedDeltaRuleCheckpointsOutput",
     "GatedDeltaRuleOutput",
     "GatedDeltaRuleStepOutput",
     "RMSNormOutput",
@@ -35,6 +38,7 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "chunk_gated_delta_rule",
+    "chunk_gated_delta_rule_with_checkpoints",
     "fused_recurrent_gated_delta_rule",
     "gated_delta_rule_step",
     "rms_norm",

@@ -208,10 +208,21 @@ def fused_recurrent_gated_delta_rule(
     return _call(op, Inputs(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias), options)
 
 
-def _call(op: str, x: Inputs, options: Options) -> GatedDeltaRuleOutput:
-    """Either function."""
+class Call(NamedTuple):
+    """A checked call with its defaults filled in."""
+
+    inputs: Inputs
+    scale: float
+    l2norm: bool
+    beta_top: int
+    v_first: bool
+    save: bool
+    impl: str
+
+
+def prepare(op: str, x: Inputs, options: Options) -> Call:
+    """Check, choose a path, fill in defaults."""
     check(op, x, options)
-    wanted = options.output_final_state
     impl = choose_impl(op, options.impl, x.q.device, triton_lacks=_triton_lacks(x.k))
     wide, per_token = accumulate_dtype(x.q.dtype), x.v.shape[:3]
     x = x._replace(
@@ -222,27 +233,33 @@ def _call(op: str, x: Inputs, options: Options) -> GatedDeltaRuleOutput:
     scale = x.k.shape[-1] ** -0.5 if options.scale is None else float(options.scale)
     l2norm, v_first = bool(options.use_qk_l2norm_in_kernel), bool(options.state_v_first)
     beta_top = (2 if options.allow_neg_eigval else 1) if options.use_beta_sigmoid_in_kernel else 0
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in x if t is not None)
+    return Call(x, scale, l2norm, beta_top, v_first, save, impl)
+
+
+def _call(op: str, x: Inputs, options: Options) -> GatedDeltaRuleOutput:
+    """Either function."""
+    call = prepare(op, x, options)
+    x, *how, save, impl = call
     if impl == "reference":
-        return _reference(op, x, scale, l2norm, beta_top, v_first, bool(wanted))
-    given = [t for t in x if t is not None]
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    if options.chunk_size is None:
-        o, final, *_ = ops.recurrent_fwd(*x, scale, l2norm, beta_top, v_first, save, impl)
+        o, final = reference(op, call)
+    elif options.chunk_size is None:
+        o, final, *_ = ops.recurrent_fwd(*x, *how, save, impl)
     else:
-        chunk_size = options.chunk_size
-        o, final, *_ = ops.chunk_fwd(*x, scale, l2norm, beta_top, v_first, chunk_size, save, impl)
-    return GatedDeltaRuleOutput(o, final if wanted else None)
+        o, final, *_ = ops.chunk_fwd(*x, *how, options.chunk_size, save, impl)
+    return GatedDeltaRuleOutput(o, final if options.output_final_state else None)
 
 
-def _reference(
-    op: str, x: Inputs, scale: float, l2norm: bool, beta_top: int, v_first: bool, wanted: bool
-) -> GatedDeltaRuleOutput:
+def reference(
+    op: str, call: Call, every: int = 0, kept: dict[tuple[int, int], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The definition, called directly so that it can be differentiated any number of times."""
-    q, k, v, _, _, state, cu_seqlens, A_log, dt_bias = x
+    q, k, v, _, _, state, cu_seqlens, A_log, dt_bias = x = call.inputs
+    scale, l2norm, beta_top, v_first = call[1:5]
     g, beta = cast(Tensor, x.g), cast(Tensor, x.beta)
     if checks.values_are_checked(q):
         ops.check_values(op, k, g, beta, cu_seqlens, A_log, dt_bias, l2norm, beta_top)
-    o, final = gated_delta_rule_reference(
+    return gated_delta_rule_reference(
         q,
         k,
         v,
@@ -257,8 +274,9 @@ def _reference(
         use_beta_sigmoid_in_kernel=beta_top > 0,
         allow_neg_eigval=beta_top == 2,
         state_v_first=v_first,
+        every=every,
+        kept=kept,
     )
-    return GatedDeltaRuleOutput(o, final if wanted else None)
 
 
 def check(op: str, x: Inputs, options: Options) -> None:

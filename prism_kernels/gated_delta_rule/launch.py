@@ -128,8 +128,10 @@ def chunk_forward(
     kept: list[Tensor],
     scale: float,
     l2norm: bool,
+    checkpoints: Tensor | None = None,
+    every: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Fill `kept`, see `residuals`; return o and the final state."""
+    """Fill `kept`, see `residuals`, and the checkpoints; return o and the final state."""
     (B, T, HV, V), K = v.shape, q.shape[3]
     N, P, G, tokens = kept
     R, _, C = G.shape
@@ -155,8 +157,8 @@ def chunk_forward(
         chunk_forward_kernels.scan_kernel,
         (rows * HV * NV,),
         q, k, v, N, P, G, *factors(tokens), final if first is None else first, bounds,
-        o, final, T, S, L,
-        V=V, FIRST=first is not None, SEGMENTED=L > 0, **common, **blocks,
+        o, final, final if checkpoints is None else checkpoints, T, S, L,
+        V=V, FIRST=first is not None, EVERY=every, SEGMENTED=L > 0, **common, **blocks,
     )  # fmt: skip
     return o, final
 
@@ -182,6 +184,8 @@ def between_segments(
     kept: list[Tensor],
     L: int,
     common: dict,
+    dcheckpoints: Tensor | None = None,
+    every: int = 0,
 ) -> Segments:
     """The state at the start of every segment of L tokens and, given `do`, the gradient at its end."""
     (B, T, HV, V), K = v.shape, q.shape[3]
@@ -197,8 +201,9 @@ def between_segments(
     launch(
         segments_kernels.segments_kernel,
         (rows * HV * (NV + NK + (0 if do is None else NV)),),
-        q, k, v, v if do is None else do, N, P, G, *factors(tokens), bounds, M, first, last, T, S, L,
-        V=V, **common, **blocks, **given,
+        q, k, v, v if do is None else do, N, P, G, *factors(tokens),
+        last if dcheckpoints is None else dcheckpoints, bounds, M, first, last, T, S, L,
+        V=V, EVERY=every, **common, **blocks, **given,
     )  # fmt: skip
     blocks = row("carry_kernel", q, v)
     launch(
@@ -229,6 +234,8 @@ def chunk_backward(
     kept: list[Tensor],
     scale: float,
     l2norm: bool,
+    dcheckpoints: Tensor | None = None,
+    every: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, beta and the initial state."""
     (B, T, HV, V), (H, K) = v.shape, q.shape[2:]
@@ -247,15 +254,17 @@ def chunk_backward(
     L = segment_length(S * HV * NV * 2, B * T // S, C)
     if L:
         first, dfinal, rows = between_segments(
-            q, k, v, do, dfinal, initial_state, cu_seqlens, kept, L, common
+            q, k, v, do, dfinal, initial_state, cu_seqlens, kept, L, common, dcheckpoints, every
         )
     launch(
         chunk_backward_kernels.states_kernel,
         (rows * HV * NV * 2,),
         q, k, v, do, N, P, G, *factors(tokens),
-        dfirst if first is None else first, dfirst if dfinal is None else dfinal, bounds,
+        dfirst if first is None else first, dfirst if dfinal is None else dfinal,
+        dfirst if dcheckpoints is None else dcheckpoints, bounds,
         E, E_top, state, state_top, dR, dR_top, dstate, dstate_top, dfirst, T, S, L,
-        V=V, FIRST=first is not None, DFINAL=dfinal is not None, SEGMENTED=L > 0, **common, **blocks,
+        V=V, FIRST=first is not None, DFINAL=dfinal is not None, EVERY=every, SEGMENTED=L > 0,
+        **common, **blocks,
     )  # fmt: skip
     dq, dk, dv, dbeta = (empty_tokens(x, cu_seqlens) for x in (q, k, v, g))
     dg = empty_tokens(g.expand(2, *g.shape), cu_seqlens)

@@ -122,3 +122,19 @@ class Layout:
         """Undo `first_states`."""
         state = state.unflatten(0, (-1, heads))
         return state if self.order is None else state[self.order.argsort()]
+
+    def checkpoints(self, T: int, every: int, cu_seqlens: Tensor | None) -> dict[int, Tensor]:
+        """Steps at whose end the first sequences of the running state have a checkpoint, and the rows of
+        these. A sequence of a batch has T // every; a packed one that starts at token t has its own from row
+        t // every on.
+        """
+        if every == 0:
+            return {}
+        if cu_seqlens is None:
+            counts = torch.full((self.sequences,), T // every)
+            first = counts.cumsum(0) - counts
+        else:
+            bounds, order = cu_seqlens.cpu().to(torch.int64), self.order.cpu()
+            first, counts = bounds[:-1][order] // every, bounds.diff()[order] // every
+        rows = (first[: int((counts > j).sum())] + j for j in range(int(counts.max())))
+        return {(j + 1) * every // self.C - 1: r for j, r in enumerate(rows)}

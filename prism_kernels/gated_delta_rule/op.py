@@ -8,10 +8,10 @@ what the paths compute with first (`gates.effective`, `inner_state`), and goes b
 """
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from .._core import checks
 from .._core.autograd import first_order_only
@@ -118,6 +118,49 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
+def run_chunks(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    scale: float,
+    l2norm: bool,
+    beta_top: int,
+    v_first: bool,
+    chunk_size: int,
+    save: bool,
+    impl: str,
+    checkpoints: Tensor | None = None,
+    every: int = 0,
+) -> Forward:
+    """Chunked forward; fills `checkpoints`, keys before values, with the state after each `every` tokens."""
+    if checks.values_are_checked(k):
+        check_values(op, k, g, beta, cu_seqlens, A_log, dt_bias, l2norm, beta_top)
+    with without_autocast(q.device):
+        g, beta = gates.effective(g, beta, A_log, dt_bias, beta_top, accumulate_dtype(q.dtype))
+        state, kept_states = inner_state(initial_state, v_first), (checkpoints, every)
+        if impl == "triton":
+            from . import launch
+
+            q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
+            # What the kernels pass on to each other is needed here even when it is not kept.
+            kept = empty_residuals(g, chunk_residuals(q, v, cu_seqlens, l2norm, chunk_size, impl), True)
+            o, final = launch.chunk_forward(
+                q, k, v, g, beta, state, cu_seqlens, kept, scale, l2norm, *kept_states
+            )
+            return o, outer_state(final, v_first), *(kept if save else [g.new_empty(0) for _ in kept])
+        o, final, saved = torch_impl.forward(
+            q, k, v, g, beta, state, cu_seqlens, scale, l2norm, chunk_size, save, *kept_states
+        )
+        return o, outer_state(final, v_first), *saved, g.new_empty(0)
+
+
 @torch.library.custom_op("prism_kernels::chunk_gated_delta_rule_fwd", mutates_args=())
 def chunk_fwd(
     q: Tensor,
@@ -138,24 +181,9 @@ def chunk_fwd(
     impl: str,
 ) -> Forward:
     """Chunked forward."""
-    op = "chunk_gated_delta_rule"
-    if checks.values_are_checked(k):
-        check_values(op, k, g, beta, cu_seqlens, A_log, dt_bias, l2norm, beta_top)
-    with without_autocast(q.device):
-        g, beta = gates.effective(g, beta, A_log, dt_bias, beta_top, accumulate_dtype(q.dtype))
-        state = inner_state(initial_state, v_first)
-        if impl == "triton":
-            from . import launch
-
-            q, k, v, g, beta, state = contiguous(q, k, v, g, beta, state)
-            # What the kernels pass on to each other is needed here even when it is not kept.
-            kept = empty_residuals(g, chunk_residuals(q, v, cu_seqlens, l2norm, chunk_size, impl), True)
-            o, final = launch.chunk_forward(q, k, v, g, beta, state, cu_seqlens, kept, scale, l2norm)
-            return o, outer_state(final, v_first), *(kept if save else [g.new_empty(0) for _ in kept])
-        o, final, saved = torch_impl.forward(
-            q, k, v, g, beta, state, cu_seqlens, scale, l2norm, chunk_size, save
-        )
-        return o, outer_state(final, v_first), *saved, g.new_empty(0)
+    given = (q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias)
+    how = (scale, l2norm, beta_top, v_first, chunk_size, save, impl)
+    return run_chunks("chunk_gated_delta_rule", *given, *how)
 
 
 @chunk_fwd.register_fake
@@ -165,6 +193,52 @@ def _(
 ):  # fmt: skip
     residuals = chunk_residuals(q, v, cu_seqlens, l2norm, chunk_size, impl)
     return fake_outputs(q, v, cu_seqlens, v_first, residuals, save)
+
+
+def run_chunks_back(
+    do: Tensor,
+    dfinal: Tensor | None,
+    dcheckpoints: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    residuals: list[Tensor],
+    scale: float,
+    l2norm: bool,
+    beta_top: int,
+    v_first: bool,
+    chunk_size: int,
+    impl: str,
+    every: int = 0,
+) -> Backward:
+    """Gradients of all that is differentiable, for a forward with or without checkpoints."""
+    raw = (g, beta, A_log, dt_bias, beta_top)
+    if residuals[0].numel() == 0:
+        again = (scale, l2norm, beta_top, v_first, chunk_size, True, impl)
+        residuals = chunk_fwd(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, *again)[2:]
+    with without_autocast(q.device):
+        g, beta = gates.effective(*raw, accumulate_dtype(q.dtype))
+        state, dfinal, dkept = (inner_state(x, v_first) for x in (initial_state, dfinal, dcheckpoints))
+        dkept, every = (None, 0) if dkept is None else (dkept.contiguous(), every)
+        if impl == "triton":
+            from . import launch
+
+            do, dfinal, q, k, v, state = contiguous(do, dfinal, q, k, v, state)
+            inner = launch.chunk_backward(
+                do, dfinal, q, k, v, g, state, cu_seqlens, residuals, scale, l2norm, dkept, every
+            )
+        else:
+            saved = torch_impl.Saved(*residuals[:3])
+            inner = torch_impl.backward(
+                do, dfinal, q, k, v, g, beta, cu_seqlens, saved, scale, l2norm, chunk_size, dkept, every
+            )
+        return outer_gradients(inner, raw, v_first)
 
 
 @torch.library.custom_op("prism_kernels::chunk_gated_delta_rule_bwd", mutates_args=())
@@ -189,24 +263,9 @@ def chunk_bwd(
     impl: str,
 ) -> Backward:
     """Gradients of all that is differentiable."""
-    raw = (g, beta, A_log, dt_bias, beta_top)
-    if residuals[0].numel() == 0:
-        again = (scale, l2norm, beta_top, v_first, chunk_size, True, impl)
-        residuals = chunk_fwd(q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias, *again)[2:]
-    with without_autocast(q.device):
-        g, beta = gates.effective(*raw, accumulate_dtype(q.dtype))
-        state, dfinal = inner_state(initial_state, v_first), inner_state(dfinal, v_first)
-        if impl == "triton":
-            from . import launch
-
-            do, dfinal, q, k, v, state = contiguous(do, dfinal, q, k, v, state)
-            inner = launch.chunk_backward(do, dfinal, q, k, v, g, state, cu_seqlens, residuals, scale, l2norm)
-        else:
-            saved = torch_impl.Saved(*residuals[:3])
-            inner = torch_impl.backward(
-                do, dfinal, q, k, v, g, beta, cu_seqlens, saved, scale, l2norm, chunk_size
-            )
-        return outer_gradients(inner, raw, v_first)
+    given = (q, k, v, g, beta, initial_state, cu_seqlens, A_log, dt_bias)
+    how = (residuals, scale, l2norm, beta_top, v_first, chunk_size, impl)
+    return run_chunks_back(do, dfinal, None, *given, *how)
 
 
 @chunk_bwd.register_fake
@@ -350,31 +409,33 @@ def fake_gradients(
 TENSORS = 9  # arguments of a forward op before its options
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:TENSORS], *output[2:])
-    ctx.options = inputs[TENSORS:]  # scale, l2norm, beta_top, v_first, (chunk_size), save, impl
-    ctx.set_materialize_grads(False)
+def register_gradients(
+    name: str, forward: CustomOpDef, backward: CustomOpDef, outputs: int = 2, forward_only: int = 1
+) -> None:
+    """First-order autograd of a forward op, for its first `outputs` results, from its backward op. The last
+    option is `impl`; the `forward_only` ones before it (`save`) are not for the backward.
+    """
 
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:TENSORS], *output[outputs:])
+        ctx.options = inputs[TENSORS:]
+        ctx.set_materialize_grads(False)
 
-def _autograd(backward: Callable) -> Callable:
-    """The autograd formula of a forward op from its backward op."""
-
-    def gradients(ctx, do, dfinal, *_):
+    def gradients(ctx, do, *others):
         inputs, residuals = ctx.saved_tensors[:TENSORS], list(ctx.saved_tensors[TENSORS:])
-        *options, _save, impl = ctx.options
+        options = (*ctx.options[: -forward_only - 1], ctx.options[-1])
         if do is None:
             do = torch.zeros_like(inputs[2])
-        grads = backward(do, dfinal, *inputs, residuals, *options, impl)
+        grads = backward(do, *others[: outputs - 1], *inputs, residuals, *options)
         *grads, dstate, dA_log, ddt_bias = grads
         _, _, _, _, _, initial_state, _, A_log, dt_bias = inputs
         optional = ((initial_state, dstate), (None, None), (A_log, dA_log), (dt_bias, ddt_bias))
         grads += [None if given is None else grad for given, grad in optional]
         return *grads, *[None] * len(ctx.options)
 
-    return gradients
+    forward.register_autograd(gradients, setup_context=setup_context)
+    first_order_only(backward, name)
 
 
-chunk_fwd.register_autograd(_autograd(chunk_bwd), setup_context=_setup_context)
-recurrent_fwd.register_autograd(_autograd(recurrent_bwd), setup_context=_setup_context)
-first_order_only(chunk_bwd, "chunk_gated_delta_rule")
-first_order_only(recurrent_bwd, "fused_recurrent_gated_delta_rule")
+register_gradients("chunk_gated_delta_rule", chunk_fwd, chunk_bwd)
+register_gradients("fused_recurrent_gated_delta_rule", recurrent_fwd, recurrent_bwd)

@@ -24,11 +24,14 @@ def gated_delta_rule_reference(
     use_beta_sigmoid_in_kernel: bool = False,
     allow_neg_eigval: bool = False,
     state_v_first: bool = False,
+    every: int = 0,
+    kept: dict[tuple[int, int], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `o` r[B,T,HV,V] and the final state r[B or S,HV,K,V]; shapes as in `api.py`.
 
     With `A_log`, `g` is the raw input of the gate. With `product_dtype`, operands of products are rounded to
-    it: plain PyTorch in that precision.
+    it: plain PyTorch in that precision. `kept` takes the state after each `every` tokens of a sequence, keys
+    before values, under its place in checkpoints: see `placed`.
     """
 
     def rounded(x: Tensor) -> Tensor:
@@ -62,12 +65,26 @@ def gated_delta_rule_reference(
                 u = strength[:, None] * (rounded(v[b, t]) - (k[b, t, :, :, None] * rounded(M)).sum(1))
                 M = M + k[b, t, :, :, None] * rounded(u)[:, None]
                 out.append(scale * (q[b, t, :, :, None] * rounded(M)).sum(1))
+                if kept is not None and (t + 1 - start) % every == 0:
+                    kept[b, start // every + (t - start) // every] = M
             outputs += out
             states.append(M)
         tail = q.shape[0] * q.shape[1] - len(outputs)
         o = F.pad(torch.stack(outputs), (0, 0, 0, 0, 0, tail)) if outputs else torch.zeros_like(v)
         final = torch.stack(states)
         return o.reshape(v.shape).to(o_dtype), final.mT.contiguous() if state_v_first else final
+
+
+def placed(
+    kept: dict[tuple[int, int], Tensor], B: int, T: int, final: Tensor, every: int, state_v_first: bool
+) -> Tensor:
+    """Checkpoints r[B,T//every,HV,K,V] from what the loop above kept; 0 where packed rows are unused."""
+    like = final.mT if state_v_first else final
+    unused = torch.zeros_like(like[0])
+    rows = [kept.get((b, j), unused)[None] for b in range(B) for j in range(T // every)]
+    # Without a row too, the result asks for a gradient where the inputs did.
+    states = torch.cat([like[:0], *rows]).unflatten(0, (B, T // every))
+    return (states.mT if state_v_first else states).contiguous()
 
 
 def _softplus(x: Tensor, bias: Tensor | None) -> Tensor:

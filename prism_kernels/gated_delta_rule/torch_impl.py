@@ -63,8 +63,10 @@ def forward(
     l2norm: bool,
     chunk_size: int,
     save: bool,
+    checkpoints: Tensor | None = None,
+    every: int = 0,
 ) -> tuple[Tensor, Tensor, Saved]:
-    """Return o, the final state and, if `save`, what backward needs."""
+    """Return o, the final state and, if `save`, what backward needs; fill the checkpoints."""
     B, T, HV, V = v.shape
     K, wide = k.shape[3], accumulate_dtype(q.dtype)
     C = inner_chunk(chunk_size, K, V)
@@ -73,6 +75,7 @@ def forward(
     rows, v_rows = [layout.rows(x) for x in (q, k, g[..., None], beta[..., None])], layout.rows(v)
     state = layout.first_states(initial_state, (HV, K, V), g)
     o, o_rows = layout.new_rows(v)
+    marked = layout.checkpoints(T, every, cu_seqlens)
     for c0, c1 in segments(layout, ELEMENTS // (HV * C * max(K, V))):
         x = load(layout, c0, c1, rows, HV, wide, l2norm)
         n, sizes = layout.matrices(c0, c1, HV), layout.sizes(c0, c1, HV)
@@ -83,13 +86,16 @@ def forward(
         operands = (x.qk, reads, reads[:, C:], R, x.gamma, N, E, writer, x.last)
         steps = zip(*(t.split(sizes) for t in operands), strict=True)
         starts = saved.states[n].split(sizes) if saved else [state[:size] for size in sizes]
-        for start, left, (qk, both, read, error, gamma, couple, corrected, write, last) in zip(
-            starts, handed_on(starts, state), steps, strict=True
+        for c, start, left, (qk, both, read, error, gamma, couple, corrected, write, last) in zip(
+            range(c0, c1), starts, handed_on(starts, state), steps, strict=True
         ):
             torch.bmm(qk, start, out=both)
             error.addcmul_(gamma, read, value=-1)
             torch.baddbmm(error, couple, error, out=corrected)
             torch.mul(start, last, out=left).baddbmm_(write, corrected)
+            if (at := marked.get(c)) is not None:
+                kept = left[: len(at) * HV].unflatten(0, (-1, HV))
+                checkpoints.flatten(0, 1)[at] = kept.to(checkpoints.dtype)
         out = (reads[:, :C] * x.gamma).baddbmm_(P, E, beta=scale, alpha=scale)
         layout.store(o_rows, c0, c1, out, HV)
     empty = (g.new_empty(0) for _ in range(3))
@@ -117,6 +123,8 @@ def backward(
     scale: float,
     l2norm: bool,
     chunk_size: int,
+    dcheckpoints: Tensor | None = None,
+    every: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, g, beta and the initial state."""
     B, T, HV, V = v.shape
@@ -127,6 +135,7 @@ def backward(
     rows, do_rows = [layout.rows(x) for x in inputs], layout.rows(do)
     grads = [layout.new_rows(x) for x in (q, k, v, *inputs[2:])]
     dstate = layout.first_states(dfinal, (HV, K, V), g)
+    marked = layout.checkpoints(T, every, cu_seqlens)
     for c0, c1 in reversed(list(segments(layout, ELEMENTS // (HV * C * max(K, V))))):
         x = load(layout, c0, c1, rows, HV, wide, l2norm)
         n, sizes = layout.matrices(c0, c1, HV), layout.sizes(c0, c1, HV)
@@ -139,9 +148,11 @@ def backward(
         N, reader, tailed = (N * x.beta).mT, (x.qk * decay).mT, x.k * x.tail
         operands = (dU, tailed, N, dOR[:, C:], dOR, reader, x.last)
         steps, ends = list(zip(*(t.split(sizes) for t in operands), strict=True)), dS.split(sizes)[::-1]
-        for end, left, (write, tail, couple, error, both, read, last) in zip(
-            ends, handed_on(ends, dstate), reversed(steps), strict=True
+        for c, end, left, (write, tail, couple, error, both, read, last) in zip(
+            reversed(range(c0, c1)), ends, handed_on(ends, dstate), reversed(steps), strict=True
         ):
+            if (at := marked.get(c)) is not None:
+                end[: len(at) * HV] += dcheckpoints.flatten(0, 1)[at].flatten(0, 1)
             write.baddbmm_(tail, end)
             error.copy_(torch.baddbmm(write, couple, write))
             torch.mul(end, last, out=left).baddbmm_(read, both)

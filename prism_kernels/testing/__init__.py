@@ -11,6 +11,7 @@ from .spec import Case, ErrorCase, OpSpec
 CATALOGUES = (
     "causal_conv1d",
     "gated_delta_rule",
+    "gated_delta_rule_checkpoints",
     "gated_delta_rule_step",
     "rms_norm",
     "selective_scan",

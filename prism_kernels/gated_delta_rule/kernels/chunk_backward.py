@@ -5,6 +5,8 @@ import triton.language as tl
 
 from ..._core.tl_math import dot, narrow
 from .common import (
+    checkpoint_at,
+    checkpoint_row,
     chunk_at,
     decays,
     dot_parts,
@@ -27,17 +29,18 @@ from .common import (
 
 @triton.jit(do_not_specialize=["T", "S", "L"])
 def states_kernel(
-    p_q, p_k, p_v, p_do, p_N, p_P, p_G, p_b, p_top, p_norm_q, p_norm_k, p_first, p_dfinal, p_bounds,
-    p_E, p_E_top, p_S, p_S_top, p_dR, p_dR_top, p_dS, p_dS_top, p_dfirst,
+    p_q, p_k, p_v, p_do, p_N, p_P, p_G, p_b, p_top, p_norm_q, p_norm_k, p_first, p_dfinal, p_dkept,
+    p_bounds, p_E, p_E_top, p_S, p_S_top, p_dR, p_dR_top, p_dS, p_dS_top, p_dfirst,
     T, S, L,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SCALE: tl.constexpr, L2: tl.constexpr, PACKED: tl.constexpr, FIRST: tl.constexpr, DFINAL: tl.constexpr,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    EVERY: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Half 0 runs the state forward and keeps E and S at chunk starts; half 1, which does not depend on it,
-    runs the gradient of the state backward and keeps dR and dS at chunk ends. Grid (S * HV * V / BV * 2), or
-    with segments of L tokens, which have a state and a gradient to start from, (rows of them * ...).
+    runs the gradient of the state backward and keeps dR and dS at chunk ends, those of checkpoints (unless
+    EVERY is 0) included. Grid (S * HV * V / BV * 2), or with segments of L tokens, which have a state and a
+    gradient to start from, (rows of them * ...).
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     half, i_v = tl.program_id(0) % 2, tl.program_id(0) // 2 % NV
@@ -89,6 +92,8 @@ def states_kernel(
         dstate = tl.zeros([BK, BV], ACC)
         if DFINAL:
             dstate += tl.load(p_dfinal + o_all, mask=m_kv, other=0.0)
+        if EVERY > 0:
+            of_kept = checkpoint_row(p_bounds, i_s, T, EVERY, PACKED)
         for i_back in range(0, steps):
             i_c = steps - 1 - i_back
             rest = length - i_c * C
@@ -106,6 +111,12 @@ def states_kernel(
             norm_k = load_norm(p_norm_k + rows, o_c, L2, ACC)
             norm_q = load_norm(p_norm_q + rows, o_c, L2, ACC)
             gamma, tail = tl.exp2(G - G_first).to(ACC), tl.exp2(G_end - G).to(ACC) * norm_k
+            if EVERY > 0:
+                tokens = (i_c + 1) * C + (number * L if SEGMENTED else 0)
+                here, before = checkpoint_at(of_kept, tokens, rest, HV, C, EVERY)
+                if here:
+                    p = p_dkept + (before + i_hv) * (K * V) + o_kv
+                    dstate += tl.load(p, mask=m_kv, other=0.0).to(ACC)
             top = largest(dstate)
             tl.store(p_dS_top + (i_rh * NV + i_v) * K + o_k, top, mask=m_k)
             store_fixed(p_dS + i_rh * K * V, o_kv, dstate, top, m_kv, ACC)

@@ -6,6 +6,8 @@ import triton.language as tl
 from ..._core.tl_math import dot, narrow
 from .common import (
     LOG2E,
+    checkpoint_at,
+    checkpoint_row,
     chunk_at,
     coupling,
     coupling_step,
@@ -123,14 +125,15 @@ def prepare_kernel(
 @triton.jit(do_not_specialize=["T", "S", "L"])
 def scan_kernel(
     p_q, p_k, p_v, p_N, p_P, p_G, p_b, p_top, p_norm_q, p_norm_k, p_first, p_bounds,
-    p_o, p_final,
+    p_o, p_final, p_kept,
     T, S, L,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SCALE: tl.constexpr, L2: tl.constexpr, PACKED: tl.constexpr, FIRST: tl.constexpr,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    EVERY: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and final state; the state [BK, BV] stays in registers. Grid (S * HV * V / BV),
+    """Outputs, final state and, unless EVERY is 0, the state after each EVERY tokens of a sequence; the state
+    [BK, BV] stays in registers. Grid (S * HV * V / BV),
     or with segments of L tokens, which have a state to start from, (rows of them * HV * V / BV).
     """
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -147,11 +150,14 @@ def scan_kernel(
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     o_cc = o_c[:, None] * C + o_c[None, :]
-    o_state = i_sh * K * V + o_k[:, None] * V + o_v[None, :]
+    o_kv = o_k[:, None] * V + o_v[None, :]
+    o_state = i_sh * K * V + o_kv
     m_state = (o_k < K)[:, None] & (o_v < V)[None, :]
     state = tl.zeros([BK, BV], ACC)
     if FIRST:
         state += tl.load(p_first + o_state, mask=m_state, other=0.0)
+    if EVERY > 0:
+        of_kept = checkpoint_row(p_bounds, i_s, T, EVERY, PACKED)
 
     for i_c in range(0, tl.cdiv(length, C)):
         rest = length - i_c * C
@@ -178,6 +184,12 @@ def scan_kernel(
         state += dot_parts(tl.trans(k), None, U, U_low, DTYPE, PRECISION, ACC)
         m_o = (o_c < rest)[:, None] & (o_v < V)[None, :]
         tl.store(p_o + of_value * V + o_c[:, None] * (HV * V) + o_v[None, :], narrow(o, DTYPE), mask=m_o)
+        if EVERY > 0:
+            tokens = (i_c + 1) * C + (number * L if SEGMENTED else 0)
+            here, before = checkpoint_at(of_kept, tokens, rest, HV, C, EVERY)
+            if here:
+                kept = narrow(state, p_kept.dtype.element_ty)
+                tl.store(p_kept + (before + i_hv) * (K * V) + o_kv, kept, mask=m_state)
     if SEGMENTED:
         o_state += (i_s * HV + i_hv - i_sh) * K * V
         m_state &= follow <= L  # the last of its sequence

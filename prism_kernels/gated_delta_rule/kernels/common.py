@@ -73,6 +73,25 @@ def segment_at(p_bounds, i_x, T, S, L, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def checkpoint_row(p_bounds, i_s, T, EVERY: tl.constexpr, PACKED: tl.constexpr):
+    """First row of the checkpoints of a sequence, one for each EVERY tokens that it has whole. A sequence of
+    a batch has T // EVERY; a packed one that starts at token t has its own from row t // EVERY on.
+    """
+    if PACKED:
+        return tl.load(p_bounds + i_s).to(tl.int64) // EVERY
+    else:
+        return i_s * (T // EVERY)
+
+
+@triton.jit
+def checkpoint_at(row, tokens, rest, HV: tl.constexpr, C: tl.constexpr, EVERY: tl.constexpr):
+    """Whether there is a checkpoint at the end of a chunk, which is `tokens` into its sequence and of which
+    `rest` >= C tokens are real; and, from the `row` of the first, how many states lie before it.
+    """
+    return (tokens % EVERY == 0) & (rest >= C), (row + tokens // EVERY - 1) * HV
+
+
+@triton.jit
 def split(x, DTYPE: tl.constexpr, ACC: tl.constexpr):
     """`x` rounded to DTYPE, and what that leaves out, rounded likewise (any tensor where DTYPE is ACC)."""
     high = narrow(x, DTYPE)

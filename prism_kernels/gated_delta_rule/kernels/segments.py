@@ -13,6 +13,8 @@ import triton.language as tl
 
 from ..._core.tl_math import dot
 from .common import (
+    checkpoint_at,
+    checkpoint_row,
     errors_of,
     errors_of_back,
     load_norm,
@@ -39,17 +41,18 @@ def has_faded(p_G, row, steps, HV: tl.constexpr, C: tl.constexpr, ACC: tl.conste
 
 @triton.jit(do_not_specialize=["T", "S", "L"])
 def segments_kernel(
-    p_q, p_k, p_v, p_do, p_N, p_P, p_G, p_b, p_top, p_norm_q, p_norm_k, p_bounds,
+    p_q, p_k, p_v, p_do, p_N, p_P, p_G, p_b, p_top, p_norm_q, p_norm_k, p_dkept, p_bounds,
     p_M, p_S, p_dS,
     T, S, L,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SCALE: tl.constexpr, L2: tl.constexpr, PACKED: tl.constexpr,
     FIRST: tl.constexpr, DFINAL: tl.constexpr, BACKWARD: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    EVERY: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """X and M, a block of columns per program, and in the backward dX. Columns of M are those of a state that
-    starts as the identity and reads no values. Grid (rows of segments * HV * (V / BV + K / BV [+ V / BV])).
+    """X and M, a block of columns per program, and in the backward dX, in which are gradients of checkpoints
+    unless EVERY is 0. Columns of M are those of a state that starts as the identity and reads no values.
+    Grid (rows of segments * HV * (V / BV + K / BV [+ V / BV])).
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     NX: tl.constexpr = NV + (K + BV - 1) // BV
@@ -57,7 +60,7 @@ def segments_kernel(
     i_b, i_xh = tl.program_id(0) % N_ALL, (tl.program_id(0) // N_ALL).to(tl.int64)
     i_hv = i_xh % HV
     i_h = i_hv // (HV // H)
-    start, rest, row, _, number = segment_at(p_bounds, i_xh // HV, T, S, L, C, PACKED)
+    start, rest, row, i_s, number = segment_at(p_bounds, i_xh // HV, T, S, L, C, PACKED)
     first, last, of_M = number == 0, rest <= L, (i_b >= NV) & (i_b < NX)
     # Without a state before the first segment, or a gradient after the last, nobody multiplies by their M.
     idle_M = (first and not FIRST) | (last and not DFINAL)
@@ -95,7 +98,10 @@ def segments_kernel(
             tl.store(p_S + (i_xh + HV) * K * V + o_kv, state, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
     elif BACKWARD:
         o_v = (i_b - NX) * BV + tl.arange(0, BV)
+        o_kv, m_kv = o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
         dstate = tl.zeros([BK, BV], ACC)
+        if EVERY > 0:
+            of_kept = checkpoint_row(p_bounds, i_s, T, EVERY, PACKED)
         for i_back in range(0, steps):
             i_c = steps - 1 - i_back
             left = rest - i_c * C
@@ -112,11 +118,15 @@ def segments_kernel(
             norm_k = load_norm(p_norm_k + rows, o_c, L2, ACC)
             norm_q = load_norm(p_norm_q + rows, o_c, L2, ACC)
             gamma, tail = tl.exp2(G - G_first).to(ACC), tl.exp2(G_end - G).to(ACC) * norm_k
+            if EVERY > 0:
+                here, before = checkpoint_at(of_kept, number * L + (i_c + 1) * C, left, HV, C, EVERY)
+                if here:
+                    p = p_dkept + (before + i_hv) * (K * V) + o_kv
+                    dstate += tl.load(p, mask=m_kv, other=0.0).to(ACC)
             dR = errors_of_back(dstate, k, do, N, N_low, N_row, P, tail, beta, DTYPE, PRECISION, ACC)
             of_q, of_k = gamma * norm_q * SCALE, gamma * norm_k * beta
             dstate = written_back(dstate, q, k, do, dR, of_q, of_k, G_first, G_end, DTYPE, PRECISION, ACC)
-        o_kv = o_k[:, None] * V + o_v[None, :]
-        tl.store(p_dS + (i_xh - HV) * K * V + o_kv, dstate, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
+        tl.store(p_dS + (i_xh - HV) * K * V + o_kv, dstate, mask=m_kv)
 
 
 @triton.jit
