@@ -1,7 +1,5 @@
 """Custom ops of the chunked form with checkpoints: those of op.py with one more result, and its gradient."""
 
-from math import gcd
-
 import torch
 from torch import Tensor
 
@@ -17,13 +15,13 @@ from .op import (
 )
 
 NAME = "chunk_gated_delta_rule_with_checkpoints"
-SHORTEST, LONGEST = 16, 64  # chunks
+SHORTEST = 16  # chunk
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def chunk_of(every: int) -> int:
     """The longest chunk that ends where a checkpoint is; what paths use inside divides it."""
-    return gcd(every, LONGEST)
+    return 64 if every % 64 == 0 else 32 if every % 32 == 0 else SHORTEST
 
 
 def shape_of(q: Tensor, v: Tensor, every: int, v_first: bool = False) -> tuple[int, ...]:
