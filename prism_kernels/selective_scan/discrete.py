@@ -3,7 +3,8 @@
 Tensors are complex or real, in the dtype of the state. The derivations are in README.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,20 @@ class Params:
         return Params(self.A, B, C, self.euler)
 
 
+@dataclass
+class Scratch:
+    """Memory that the blocks of one call share, by name: fresh memory for each would cost page faults."""
+
+    held: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Room for `shape` numbers as those of `like`; what was last written under this name is lost."""
+        size, held = prod(shape), self.held.get(name)
+        if held is None or held.numel() < size or held.dtype != like.dtype:
+            held = self.held[name] = like.new_empty(size)
+        return held[:size].view(shape)
+
+
 def joined(runs: list[ScanGradients], p: Params) -> ScanGradients:
     """The gradients of consecutive runs of time as one, with the initial state's of the first."""
     du, ddt, dA, dB, dC, dinitial = zip(*runs, strict=True)
@@ -88,25 +103,30 @@ def conj(x: Tensor) -> Tensor:
     return torch.conj_physical(x) if x.is_complex() else x
 
 
-def discretise(dt: Tensor, A: Tensor, euler: bool) -> tuple[Tensor, Tensor]:
+def discretise(dt: Tensor, A: Tensor, euler: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """Return exp(dt A) and the weight w, both conjugated, where dt [..., 1] and A [..., N] broadcast.
+
+    They lie in `scratch`; under Euler w is dt itself.
 
     w = (exp(dt A) - 1) / A with a numerator that is exact to rounding in norm: its real part is
     expm1(x) cos(y) - 2 sin(y/2)^2. Where A vanishes, w = dt.
     """
-    x = dt * real(A)
-    gain = torch.exp(x)
+    shape = tuple(torch.broadcast_shapes(dt.shape, A.shape))
+    x, gain, y, cos, turn = (scratch(name, shape, dt) for name in ("x", "gain", "y", "cos", "turn"))
+    torch.exp(torch.mul(dt, real(A), out=x), out=gain)
+    if not euler:
+        x.expm1_()
     if not A.is_complex():
-        a, rise = gain, torch.expm1(x)
+        a, rise = gain, x
     else:
-        y = dt * A.imag
-        cos, turn = torch.cos(y), torch.sin(y).mul_(gain).neg_()
-        a = torch.complex(gain.mul_(cos), turn)
+        torch.mul(dt, A.imag, out=y)
+        torch.sin(y, out=turn).mul_(gain).neg_()
+        a = torch.complex(gain.mul_(torch.cos(y, out=cos)), turn, out=scratch("a", shape, A))
         if not euler:
-            half = torch.sin(y.mul_(0.5)).square_()
-            rise = torch.complex(torch.expm1(x).mul_(cos).sub_(half, alpha=2), turn)
+            half = y.mul_(0.5).sin_().square_()
+            rise = torch.complex(x.mul_(cos).sub_(half, alpha=2), turn, out=scratch("w", shape, A))
     if euler:
-        return a, dt.to(a.dtype)
+        return a, dt
     w, vanishing = rise.mul_(conj(inverse(A))), A.abs() < VANISHING
     return a, w.add_(dt * vanishing) if vanishing.any() else w
 

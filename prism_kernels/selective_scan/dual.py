@@ -16,6 +16,7 @@ from . import blocks
 from .discrete import (
     Params,
     ScanGradients,
+    Scratch,
     conj,
     discretise,
     flat,
@@ -44,7 +45,9 @@ class Factors:
     K_conj: Tensor
 
 
-def forward(u: Tensor, dt: Tensor, p: Params, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    u: Tensor, dt: Tensor, p: Params, states: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [B,T,H,P] of m chunks that start from states[0], Q and w; write states[1:]."""
     T = u.shape[1]
     u_c, dt_c = to_chunks(u), to_chunks(dt)
@@ -56,7 +59,8 @@ def forward(u: Tensor, dt: Tensor, p: Params, states: Tensor) -> tuple[Tensor, T
     for k, is_exact in enumerate(stiff.flatten(1).any(1).tolist()):
         if is_exact:
             time = slice(k * CHUNK, min((k + 1) * CHUNK, T))
-            exact[k], *_ = blocks.forward(u[:, time], dt[:, time], p.token_slice(time), states[k : k + 2])
+            bounds = states[k : k + 2]
+            exact[k], *_ = blocks.forward(u[:, time], dt[:, time], p.token_slice(time), bounds, scratch)
         else:
             entered[k].add_(states[k]).mul_(conj(f.Q[k, ..., -1:, :]))
     y = add_product(mixing(f) @ u_c, flat(f.G), flat(states[:-1]).mT)
@@ -65,12 +69,14 @@ def forward(u: Tensor, dt: Tensor, p: Params, states: Tensor) -> tuple[Tensor, T
     return from_chunks(y, T), Q, w
 
 
-def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], eta: Tensor) -> ScanGradients:
+def backward(
+    g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], eta: Tensor, scratch: Scratch
+) -> ScanGradients:
     """Gradients of m chunks from g = dL/dy and eta = dL/d(the end state)."""
     (states, Q, w), T = kept, u.shape[1]
     u_c, g_c, dt_c = to_chunks(u), to_chunks(g), to_chunks(dt)
     if is_stiff(dt_c, p).any():
-        return backward_by_blocks(g, u, dt, p, states, eta)
+        return backward_by_blocks(g, u, dt, p, states, eta, scratch)
     f = factors(Q, w, dt_c, p)
     entered, whole, dinitial = through_states(f, unflat(g_c.mT @ flat(f.G), states), states, eta)
 
@@ -125,7 +131,7 @@ def through_states(f: Factors, outputs: Tensor, states: Tensor, eta: Tensor) -> 
 
 def decays(dt_c: Tensor, p: Params) -> tuple[Tensor, Tensor]:
     """Q and w [m,H,B,c,N], conjugated, from step sizes [m,H,B,c]; under Euler w is dt and comes out empty."""
-    Q, w = discretise(dt_c[..., None], on_chunks(p.A), p.euler)
+    Q, w = discretise(dt_c[..., None], on_chunks(p.A), p.euler, Scratch())
     for half in HALVES:  # from a to its running product: the last of a first half times each of the second
         pairs = Q.unflatten(-2, (-1, 2, half))
         pairs[..., 1, :, :].mul_(pairs[..., 0, -1:, :])
@@ -191,13 +197,14 @@ def is_stiff(dt_c: Tensor, p: Params) -> Tensor:
 
 
 def backward_by_blocks(
-    g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: Tensor
+    g: Tensor, u: Tensor, dt: Tensor, p: Params, states: Tensor, eta: Tensor, scratch: Scratch
 ) -> ScanGradients:
     """The gradients of every chunk, token by token, last chunk first."""
     runs = []
     for k, time in reversed(list(enumerate(chunk_slices(u.shape[1])))):
         p_k = p.token_slice(time)
-        runs.append(blocks.backward(g[:, time], u[:, time], dt[:, time], p_k, [states[k : k + 2]], eta))
+        bounds = [states[k : k + 2]]
+        runs.append(blocks.backward(g[:, time], u[:, time], dt[:, time], p_k, bounds, eta, scratch))
         eta = runs[-1].initial_state
     return joined(runs[::-1], p)
 

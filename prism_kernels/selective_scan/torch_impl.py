@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from . import blocks, dual
-from .discrete import Params, ScanGradients, concatenated, joined
+from .discrete import Params, ScanGradients, Scratch, concatenated, joined
 
 DUAL_CHANNELS = 4  # fewer channels per head do not repay building the matrices
 DUAL_TOKENS = 4
 NOTHING = (0,)
-SLAB = 2**18
+SLAB = 2**18  # numbers of a factor of `dual` in a call
+BLOCK = 2**18  # states of a block: more leave the cache, fewer cost calls
 
 
 def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -29,10 +30,11 @@ def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tenso
     (batch, T, H, P), N = u.shape, p.A.shape[-1]
     states = h0.new_empty(-(-T // c) + 1, H, batch, P, N)
     states[0] = h0.transpose(0, 1)
-    runs = []
+    runs, scratch = [], Scratch()
     for k in range(0, len(states) - 1, m):
         time = slice(k * c, (k + m) * c)
-        runs.append(way.forward(u[:, time], dt[:, time], p.token_slice(time), states[k : k + m + 1]))
+        bounds = states[k : k + m + 1]
+        runs.append(way.forward(u[:, time], dt[:, time], p.token_slice(time), bounds, scratch))
     final = states[-1].transpose(0, 1).clone(memory_format=torch.contiguous_format)
     y, decay, weight = zip(*runs, strict=True)
     return concatenated(y, 1), final, [states, concatenated(decay, 0), concatenated(weight, 0)]
@@ -43,12 +45,13 @@ def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], et
     batch, (way, c, m) = u.shape[0], plan(u.shape, p.A.shape[-1], p.by_channel)
     if not batch:
         return ScanGradients(*(torch.zeros_like(x) for x in (u, dt, p.A, p.B, p.C, eta)))
-    (states, *factors), runs = kept, []
+    (states, *factors), runs, scratch = kept, [], Scratch()
     eta = eta.transpose(0, 1).clone(memory_format=torch.contiguous_format)
     for k in reversed(range(0, len(states) - 1, m)):
         time = slice(k * c, (k + m) * c)
         run = [states[k : k + m + 1], *(x[k : k + m] for x in factors)]
-        runs.append(way.backward(g[:, time], u[:, time], dt[:, time], p.token_slice(time), run, eta))
+        p_k = p.token_slice(time)
+        runs.append(way.backward(g[:, time], u[:, time], dt[:, time], p_k, run, eta, scratch))
         eta = runs[-1].initial_state
     return joined(runs[::-1], p)._replace(initial_state=eta.transpose(0, 1))
 
@@ -61,7 +64,7 @@ def plan(shape: torch.Size | tuple[int, ...], N: int, by_channel: bool) -> tuple
     batch, T, H, P = shape
     if P >= DUAL_CHANNELS and not by_channel and T >= DUAL_TOKENS:
         return dual, dual.CHUNK, max(1, SLAB // max(1, batch * dual.CHUNK * H * N))
-    return blocks, 64 if H * P * N <= 2**12 else 32 if H * P * N <= 2**14 else 16, 1
+    return blocks, min(64, max(16, BLOCK // max(1, batch * H * P * N))), 1
 
 
 def residual_shapes(
