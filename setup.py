@@ -32,7 +32,10 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["prism_kernels*", "prism_models*"]),
-    package_data={"prism_kernels": ["py.typed", "*/README.md", "*/launch_table.toml"], "prism_models": ["py.typed"]},
+    package_data={
+        "prism_kernels": ["py.typed", "*/README.md", "*/launch_table.toml"],
+        "prism_models": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.7",
         "triton>=3.4; platform_system == 'Linux'",
