@@ -197,6 +197,21 @@ def active(op: str) -> Rows:
     return {**shipped()[op].rows, **given, **_tried.get(op, {})}
 
 
+def candidates(op: str, key: Key, only: Mapping[str, Sequence[int]] | None = None) -> Iterator[Config]:
+    """Every row that a kernel may have, blocks no wider than the head, of those parts in `only`."""
+    parts = shipped()[op].search[key.kernel]
+    for values in itertools.product(*((only or {}).get(part, allowed) for part, allowed in parts.items())):
+        config = _row(dict(zip(parts, values, strict=True)))
+        if max((size for _, size in config.blocks), default=0) <= key.width:
+            yield config
+
+
+def _row(numbers: dict[str, int]) -> Config:
+    parts = ("warps", "stages", "shared")
+    blocks = tuple((name, size) for name, size in numbers.items() if name not in parts)
+    return Config(blocks, **{part: numbers[part] for part in parts if part in numbers})
+
+
 def use_launch_table(path: str | Path | None) -> None:
     """Launch with the rows of a file, for all calls from now on; None goes back to those that ship.
 
@@ -271,17 +286,16 @@ def _leaves(name: str, value: Any, levels: Sequence[str], path: tuple[str, ...] 
 
 
 def _config(name: str, where: str, row: dict, allowed: Mapping[str, list[int]]) -> Config:
-    numbers = {"shared": 0, **row}
-    shared = numbers.pop("shared")
+    shared = row.get("shared", 0)
     if type(shared) is not int or shared < 0:
         _bad(name, f"KiB as `shared` of {where}", repr(shared))
+    numbers = {part: value for part, value in row.items() if part != "shared"}
     if numbers.keys() != allowed.keys():
         _bad(name, f"{', '.join(allowed)} at {where}", ", ".join(numbers) or "nothing")
     for part, value in numbers.items():
         if type(value) is not int or value not in allowed[part]:
             _bad(name, f"`{part}` of {where} to be one of {', '.join(map(str, allowed[part]))}", repr(value))
-    blocks = tuple((part, value) for part, value in numbers.items() if part not in ("warps", "stages"))
-    return Config(blocks, numbers["warps"], numbers["stages"], shared)
+    return _row(row)
 
 
 def _bad(name: str, expected: str, got: str) -> NoReturn:

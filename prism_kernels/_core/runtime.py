@@ -51,6 +51,7 @@ class Launch:
 
 
 _recorder: list[Launch] | None = None
+_watcher: list[tuple[str, Any]] | None = None
 
 
 @contextlib.contextmanager
@@ -62,6 +63,17 @@ def record_launches() -> Iterator[list[Launch]]:
         yield _recorder
     finally:
         _recorder = outer
+
+
+@contextlib.contextmanager
+def watch_launches() -> Iterator[list[tuple[str, Any]]]:
+    """Run launches, and collect names of kernels and what they were compiled to (None when interpreting)."""
+    global _watcher
+    outer, _watcher = _watcher, []
+    try:
+        yield _watcher
+    finally:
+        _watcher = outer
 
 
 def recording() -> bool:
@@ -81,10 +93,12 @@ def launch(
         _recorder.append(Launch(kernel, grid, args, constexprs, options))
         return
     if interpreting():
-        kernel[grid](*args, **constexprs)
-        return
-    with device_of(*args):
-        kernel[grid](*args, **constexprs, **options, enable_fp_fusion=True)
+        compiled = kernel[grid](*args, **constexprs)
+    else:
+        with device_of(*args):
+            compiled = kernel[grid](*args, **constexprs, **options, enable_fp_fusion=True)
+    if _watcher is not None:
+        _watcher.append((kernel.__name__, compiled))
 
 
 def device_of(*args: Any) -> contextlib.AbstractContextManager:
