@@ -23,12 +23,14 @@ from torch import Tensor
 
 from . import chunk_gated_delta_rule
 from ._core import configs
-from ._core.configs import Config, Key
+from ._core.configs import Config, Key, use_launch_table
 from ._core.runtime import watch_launches
 from .testing import budgets, registry
 from .testing.catalogue.gated_delta_rule import CHUNK, draw_case
 from .testing.inputs import Draw
 from .testing.spec import Case
+
+__all__ = ["Job", "tune", "use_launch_table"]
 
 Call = Callable[[], object]
 Timer = Callable[[Call], float]

@@ -6,12 +6,15 @@ Small in tokens and heads, wide where configurations change with width.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
+from prism_kernels._core import configs
 from prism_kernels._core.runtime import Launch
 from prism_kernels.causal_conv1d.op import causal_conv1d_state_update
+from prism_kernels.gated_delta_rule.launch import inner_chunk
 from prism_kernels.testing import Case
 from prism_kernels.testing.catalogue import gated_delta_rule, gated_delta_rule_step, selective_scan
 from prism_kernels.testing.inputs import Draw
@@ -55,6 +58,42 @@ def _delta(dtype: torch.dtype) -> Iterator[tuple]:
         yield "fused_recurrent_gated_delta_rule", name, partial(draw, name, (1, 19, 2, K, V))
         step = partial(gated_delta_rule_step.draw_case, Draw(0, dtype), name, (2, 3, 2, K, V))
         yield "gated_delta_rule_step", name, partial(step, groups=2, rows=[3, 0], **gated_delta_rule_step.ALL)
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """Rows of a launch table that go together: those of an architecture for a dtype and a width."""
+
+    architecture: str
+    dtype: torch.dtype
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.architecture}-{str(self.dtype).removeprefix('torch.')}-{self.width}"
+
+    def case(self) -> Case:
+        """A call of two chunks, the second with few tokens."""
+        T = inner_chunk(64, self.width, self.width, self.dtype) + 6
+        options = {"chunk_size": 64, "use_qk_l2norm_in_kernel": True}
+        draw = Draw(0, self.dtype)
+        return gated_delta_rule.draw_case(draw, str(self), (1, T, 1, self.width, self.width), **options)
+
+
+def rows(card: str | None = None) -> Iterator[RowsOf]:
+    """Those of every architecture: each set of rows that the maker of `card` has; without a card each set of
+    blocks, since warps and stages are nothing to the interpreter.
+    """
+    table, seen = configs.shipped()["chunk_gated_delta_rule"], set()
+    for architecture in sorted({key.architecture for key in table.rows}):
+        if card and configs.generation(card)[0] != configs.generation(architecture)[0]:
+            continue
+        for dtype, width in product((BF16, FP32), WIDTHS):
+            with configs.pretend(architecture):
+                found = [configs.config(table.op, k, dtype, width, torch.device("cpu")) for k in table.search]
+            launched = (dtype, width, *(row if card else row.blocks for row in found))
+            if launched not in seen:
+                seen.add(launched)
+                yield RowsOf(architecture, dtype, width)
 
 
 def _scan(dtype: torch.dtype) -> Iterator[tuple]:

@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from benchmarks import compile_report
+from prism_kernels._core import configs
 from prism_kernels._core.runtime import record_launches
+from prism_kernels.gated_delta_rule import launch
 from prism_kernels.testing import contracts, registry
 from prism_kernels.testing.budgets import LIMIT, budget_rows, forward_backward
-from tests.kernels.configurations import DTYPES, UPDATES, configuration_of, configurations, update
+from tests.kernels.configurations import DTYPES, UPDATES, configuration_of, configurations, rows, update
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CARD = configs.card_of(torch.device("cuda", 0)).architecture if torch.cuda.is_available() else None
 SPECS = {spec.name: spec for spec in registry()}
 ALL = list(configurations())
 
@@ -20,6 +24,15 @@ ALL = list(configurations())
 def test_every_configuration_is_within_budget(configuration):
     rows = budget_rows(SPECS[configuration.op], configuration.make().to("cuda"), "triton")
     bad = [str(row) for row in rows if not row.ratio_if_random <= LIMIT]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("rows", list(rows(CARD)), ids=str)
+def test_rows_of_every_architecture_are_within_budget(rows, monkeypatch):
+    monkeypatch.setattr(launch, "segment_length", lambda programs, tokens, C: C)  # launches all kernels
+    with configs.pretend(rows.architecture):
+        measured = budget_rows(SPECS[launch.OP], rows.case().to(DEVICE), "triton")
+    bad = [str(row) for row in measured if not row.ratio_if_random <= LIMIT]
     assert not bad, "\n".join(bad)
 
 
