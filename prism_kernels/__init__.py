@@ -19,8 +19,11 @@ from .rms_norm import RMSNormOutput, rms_norm
 from .selective_scan import (
     SelectiveScanOutput,
     SelectiveScanStepOutput,
+    mamba_chunk_scan_combined,
     selective_scan,
+    selective_scan_fn,
     selective_scan_step,
+    selective_state_update,
 )
 from .swiglu import swiglu
 
@@ -41,8 +44,11 @@ __all__ = [
     "chunk_gated_delta_rule_with_checkpoints",
     "fused_recurrent_gated_delta_rule",
     "gated_delta_rule_step",
+    "mamba_chunk_scan_combined",
     "rms_norm",
     "selective_scan",
+    "selective_scan_fn",
     "selective_scan_step",
+    "selective_state_update",
     "swiglu",
 ]

@@ -74,6 +74,18 @@ def check_device(op: str, **tensors: Tensor | None) -> None:
             fail(op, f"`{name}` on {like.device}, where `{first}` is", str(tensor.device), advice)
 
 
+def check_separate(op: str, name: str, tensor: Tensor) -> None:
+    """Raise if two entries of a tensor that is written in place are one in memory."""
+    end = 0  # of the part of memory that smaller strides cover
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= end:
+            advice = (
+                f"Entries of an expanded tensor are one in memory: pass `{name}.contiguous()`, and keep it."
+            )
+            fail(op, f"a `{name}` of separate entries", f"strides {tensor.stride()}", advice)
+        end += stride * (size - 1)
+
+
 def check_choice(op: str, name: str, value: object, choices: Sequence[object]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:

@@ -192,11 +192,4 @@ def check_inplace(state: Tensor, x: Inputs) -> None:
             "Call it under torch.no_grad(), or use fused_recurrent_gated_delta_rule, which has a backward."
         )
         checks.fail(OP, "no gradient for inplace=True", f"`{asking[0]}` that requires one", advice)
-    end = 0  # of the part of memory that smaller strides cover
-    for stride, size in sorted(zip(state.stride(), state.shape, strict=True)):
-        if size > 1 and stride <= end:
-            advice = (
-                "Entries of an expanded tensor are one in memory: pass `state.contiguous()`, and keep it."
-            )
-            checks.fail(OP, "a `state` of separate entries", f"strides {state.stride()}", advice)
-        end += stride * (size - 1)
+    checks.check_separate(OP, "state", state)

@@ -6,5 +6,15 @@ from .api import (
     selective_scan,
     selective_scan_step,
 )
+from .mamba import selective_scan_fn, selective_state_update
+from .mamba2 import mamba_chunk_scan_combined
 
-__all__ = ["SelectiveScanOutput", "SelectiveScanStepOutput", "selective_scan", "selective_scan_step"]
+__all__ = [
+    "SelectiveScanOutput",
+    "SelectiveScanStepOutput",
+    "mamba_chunk_scan_combined",
+    "selective_scan",
+    "selective_scan_fn",
+    "selective_scan_step",
+    "selective_state_update",
+]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._core import checks
 from .._core.impl import choose_impl
-from . import frame, op
+from . import frame, op, pool
 from .reference import scan_reference
 
 OP = "selective_scan"
@@ -118,30 +118,37 @@ def selective_scan_step(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     discretization: str = "zoh",
+    state_indices: Tensor | None = None,
     inplace: bool = False,
     impl: str | None = None,
 ) -> SelectiveScanStepOutput:
-    """Advance the recurrence of `selective_scan` by one token.
+    """Advance the recurrence of `selective_scan` by one token, against a pool of states if need be.
 
     It is a scan of one token: the same recurrence, numerics and kernels. T calls equal one
-    `selective_scan` of T tokens.
+    `selective_scan` of T tokens. Nothing waits for the device.
 
     Args:
-        state: c[B,H,P,N], in pairs or real as A is.
+        state: c[B,H,P,N], in pairs or real as A is. With `state_indices` the pool c[S,H,P,N].
         u: Input, r[B,H,P].
         dt: Step size, r[B,H].
         A, D, dt_bias, dt_softplus, discretization, impl: As in `selective_scan`.
         B, C: Static c[H,N] or c[H,P,N], or input-dependent c[B,G,N]. Where [H,P,N] and [B,G,N] are the
             same shape, say which: [1,H,P,N] is static, [B,1,G,N] is input-dependent.
         z: Gate, like u.
-        inplace: Also write the new state into `state`. No gradient flows into a state written in
-            place, so it must not require one.
+        state_indices: Which state each row of the batch continues, i[B]; all different. A negative one is
+            padding: it moves no state, and gives 0. None: row b has state b.
+        inplace: Also write the new states into `state`, of any strides; other states of a pool are not
+            touched. No gradient flows into a state written in place, so it must not require one. Without
+            it a new pool is returned, which costs a copy of the whole.
 
     Returns:
-        `SelectiveScanStepOutput(y, state)`; with `inplace`, `state` is the tensor given.
+        `SelectiveScanStepOutput(y, state)`; with `inplace`, `state` is the tensor given. A pool keeps its
+        dtype.
 
     Raises:
-        ValueError: a wrong rank, shape, device or value. TypeError: a wrong dtype.
+        ValueError: a wrong rank, shape, device or value; an index beyond the pool or given twice (found on
+            the CPU and under PRISM_CHECK=1; else one beyond the pool counts as padding); in place, a
+            `state` that requires a gradient or overlaps itself. TypeError: a wrong dtype.
 
     Example:
         >>> A, B, C = -torch.ones(4, 16), torch.ones(4, 16), torch.ones(4, 16)
@@ -155,11 +162,22 @@ def selective_scan_step(
     batch, H, P, N = check_step(state, u, dt, A, z, inplace)
     B, C = (with_time(name, x, A, (batch, H, P, N)) for name, x in (("B", B), ("C", C)))
     u, dt, z = u[:, None], dt[:, None], None if z is None else z[:, None]
-    check_inputs(STEP, u, dt, A, B, C, D, z, dt_bias, state, None, discretization)
+    slot, h0 = None, state
+    if state_indices is not None:
+        check_pool(state, state_indices, u, A)
+        slot = pool.slots(state_indices, state.shape[0])
+        h0 = pool.read(state, slot)
+    elif inplace and torch.is_grad_enabled():
+        h0 = state.clone()
+    check_inputs(STEP, u, dt, A, B, C, D, z, dt_bias, h0, None, discretization)
     path = choose_impl(STEP, impl, u.device, triton_lacks=triton_lacks(A, B, C, None, False, discretization))
-    h0 = state.clone() if inplace and torch.is_grad_enabled() else state
+    if slot is not None:
+        u, dt, B, C, z = pool.of_live(slot < state.shape[0], u, dt, B, C, z, dt_bias, A)
     y, new = dispatch(u, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, None, False, discretization, path)
-    if inplace:
+    if slot is not None:
+        y = pool.where_live(slot < state.shape[0], y)
+        new = pool.write(state, slot, new.detach()) if inplace else pool.replaced(state, slot, new)
+    elif inplace:
         new = state.copy_(new.detach())
     return SelectiveScanStepOutput(y[:, 0], new)
 
@@ -345,7 +363,22 @@ def check_step(
     if inplace and state.requires_grad and torch.is_grad_enabled():
         advice = "Gradients do not flow into a state written in place: use inplace=False, or detach it."
         checks.fail(STEP, "a `state` without gradient for inplace=True", "one that requires it", advice)
+    if inplace:
+        checks.check_separate(STEP, "state", state)
     return (*u.shape, A.shape[1])
+
+
+def check_pool(state: Tensor, indices: Tensor, u: Tensor, A: Tensor) -> None:
+    """The states, and which of them the rows name; metadata only."""
+    shape, layout = (*state.shape[:1], *u.shape[2:], *A.shape[1:]), "[S, H, P, N]"
+    advice = "A pool has a state per entry, head, channel and mode. " + FORMS
+    checks.check_shape(STEP, "state", state, shape, layout, advice)
+    if state.shape[0] == 0:
+        checks.fail(STEP, "at least one state in `state`", "S = 0", "Leave room for one state.")
+    checks.check_dtype(STEP, "state_indices", indices, (torch.int32, torch.int64), "Use `.to(torch.int32)`.")
+    advice = "One per row of the batch, -1 for none."
+    checks.check_shape(STEP, "state_indices", indices, u.shape[:1], "[B]", advice)
+    checks.check_device(STEP, u=u, state=state, state_indices=indices)
 
 
 def with_time(label: str, x: Tensor, A: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
