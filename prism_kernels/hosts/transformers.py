@@ -1,9 +1,10 @@
-"""Make the models of Hugging Face transformers call our gated delta rule."""
+"""Make the models of Hugging Face transformers call our gated delta rule and our selective scan."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,23 @@ from torch import Tensor
 from .. import gated_delta_rule
 from .._core.checks import check_choice, fail
 from .._core.impl import PATHS
+from ..selective_scan import mamba, mamba2
 from .patching import Counter, Replacement, Shadow, Use
 
 _CHUNK, _RECURRENT = "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"
 _COUNTER = Counter(_CHUNK, _RECURRENT)
+
+_SCAN, _UPDATE, _HEADS = "selective_scan_fn", "selective_state_update", "mamba_chunk_scan_combined"
+_HOMES = {_SCAN: mamba, _UPDATE: mamba, _HEADS: mamba2}
+_SCAN_COUNTER = Counter(*_HOMES)
+_SCANS = {  # by transformers' names: ours, or None for a fused layer, which then gives way to its parts
+    "mamba_selective_scan": _SCAN,
+    "mamba_selective_state_update": _UPDATE,
+    "mamba_inner_fn": None,
+    "mamba2_chunk_scan": _HEADS,
+    "mamba2_selective_state_update": _UPDATE,
+    "mamba2_split_conv1d_scan_combined": None,
+}
 
 
 def use_gated_delta_rule(*, impl: str | None = None) -> Use:
@@ -54,18 +68,72 @@ def use_gated_delta_rule(*, impl: str | None = None) -> Use:
     Source: the layers follow Yang, Kautz, Hatamizadeh, "Gated Delta Networks", ICLR 2025 (arXiv 2412.06464).
     """
     check_choice("use_gated_delta_rule", "impl", impl, [None, *PATHS])
+    models = _found("use_gated_delta_rule", "a gated delta rule", _models)
+    found = [r for name, binds in models for r in _replacements(name, binds, impl)]
+    return Use(found, _COUNTER)
+
+
+def use_selective_scan(*, impl: str | None = None) -> Use:
+    """Make every transformers model with a Mamba or Mamba-2 layer use our selective scan, until undone.
+
+    Concerns Mamba, FalconMamba, Jamba, Zamba; Mamba-2, Zamba2, Bamba, Falcon-H1, Granite-MoE-Hybrid,
+    Nemotron-H; and whatever else the installed transformers builds on the same functions: models made
+    before and after the call alike, on CPU and GPU, in training and generation. The weights and the cache
+    stay as they are, so the switch may be thrown in mid-generation.
+
+    Numerics are those of our functions: in float32 the logits agree with transformers' own to rounding; in
+    16 bits step sizes and states stay in float32. Holds for the whole process, all threads. Uses may be
+    nested and undone in any order; the latest made holds. Calls inside a compiled graph run our op too but
+    are not counted.
+
+    Args:
+        impl: 'triton', 'torch' or 'reference' for every call. None: by the device of the inputs.
+
+    Returns:
+        A handle: `undo()` ends the use, once or several times; so does the end of a `with` block. `calls`
+        says how often each of our functions ran meanwhile.
+
+    Raises:
+        ImportError: transformers is not installed.
+        RuntimeError: The installed transformers has no model with a selective scan.
+        ValueError: An unknown `impl`. Inside the models, packed sequences without `seq_idx`.
+
+    Example:
+        >>> from transformers import Mamba2ForCausalLM
+        >>> model = Mamba2ForCausalLM.from_pretrained(path)
+        >>> with use_selective_scan() as use:
+        ...     tokens = model.generate(prompt, max_new_tokens=20)
+        >>> use.calls
+        {'selective_scan_fn': 0, 'selective_state_update': 1216, 'mamba_chunk_scan_combined': 64}
+
+    Source: the layers follow Gu and Dao, Mamba (arXiv 2312.00752), and Dao and Gu (arXiv 2405.21060).
+    """
+    check_choice("use_selective_scan", "impl", impl, [None, *PATHS])
+    models = _found("use_selective_scan", "a selective scan", _scan_models)
+    modules = [import_module(name) for name in models]
+    return Use(
+        [
+            Replacement(module, theirs, _fused_layer if op is None else _scan_function(op, impl))
+            for module in modules
+            for theirs, op in _SCANS.items()
+            if hasattr(module, theirs)
+        ],
+        _SCAN_COUNTER,
+    )
+
+
+def _found(op: str, kind: str, find: Callable[[str], tuple]) -> tuple:
+    """What `find` finds in the installed transformers, or the error that says what to install."""
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         advice = '`pip install "prism-kernels[hf]"` brings it.'
-        fail("use_gated_delta_rule", "an installed transformers", "none", advice, ImportError)
-    models = list(_models(spec.submodule_search_locations[0]))
+        fail(op, "an installed transformers", "none", advice, ImportError)
+    models = find(spec.submodule_search_locations[0])
     if not models:
         version = import_module("transformers").__version__
         advice = '`pip install --upgrade "prism-kernels[hf]"` brings one.'
-        got = f"none in transformers {version}"
-        fail("use_gated_delta_rule", "models with a gated delta rule", got, advice, RuntimeError)
-    found = [r for name, binds in models for r in _replacements(name, binds, impl)]
-    return Use(found, _COUNTER)
+        fail(op, f"models with {kind}", f"none in transformers {version}", advice, RuntimeError)
+    return models
 
 
 @cache
@@ -125,3 +193,37 @@ def _check(op: str, options: dict[str, Any], known: frozenset[str]) -> None:
             "Call the model with both: the rule tells documents by the one, its convolution by the other."
         )
         fail(op, "both of `cu_seq_lens_q` and `seq_idx` for packed sequences", f"{given[0]} alone", advice)
+
+
+@cache
+def _scan_models(folder: str) -> tuple[str, ...]:
+    """Modules that define one of the scans."""
+    marks = [f"\ndef {name}(".encode() for name, op in _SCANS.items() if op in (_SCAN, _HEADS)]
+    return tuple(
+        f"transformers.models.{path.parent.name}.{path.stem}"
+        for path in sorted(Path(folder).glob("models/*/modeling_*.py"))
+        if any(mark in path.read_bytes() for mark in marks)
+    )
+
+
+@cache  # so that a compiled model meets the same functions in every use
+def _scan_function(op: str, impl: str | None) -> Callable:
+    """One of ours as transformers calls it: tensors up to D in order, the rest by keyword.
+
+    Layers hand on whatever they were called with, and expect what is not for the function to be dropped.
+    """
+    own = signature(getattr(_HOMES[op], op)).parameters.keys() - {"impl"}
+
+    def call(*tensors: Tensor, **options: Any) -> Tensor | tuple[Tensor, ...]:
+        if op == _HEADS and options.get("cu_seq_lens_q") is not None and options.get("seq_idx") is None:
+            advice = "Call the model with both: the scan and its convolution tell documents by `seq_idx`."
+            fail(op, "`seq_idx` for packed sequences", "cu_seq_lens_q alone", advice)
+        _SCAN_COUNTER.add(op)
+        ours = {name: x for name, x in options.items() if name in own}
+        return getattr(_HOMES[op], op)(*tensors, impl=impl, **ours)
+
+    return call
+
+
+def _fused_layer(*_: Any, **__: Any) -> None:
+    """A whole layer in one call; None tells transformers to go through its parts instead."""

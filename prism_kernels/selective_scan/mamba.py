@@ -123,8 +123,9 @@ def selective_state_update(
 
     Signature and meaning of mamba_ssm.ops.triton.selective_state_update.selective_state_update, on
     `selective_scan_step`: numerics are as there; a state of 16 bits is rounded when it is stored, and y
-    comes from the one before. Mamba-2's form, one step size and one row of A per head, expanded over
-    the head's channels (stride 0), is recognised, and then costs one exponential per head and mode.
+    comes from the one before. Gradients flow, through a state that requires one too. Mamba-2's form,
+    where dt, dt_bias and A are expanded over the channels of a head (stride 0), is recognised, and then
+    costs one exponential per head and mode.
 
     Args:
         state: r[B,D,N] or, with heads, r[B,H,D,N]; any float dtype. Written to. With
@@ -144,9 +145,9 @@ def selective_state_update(
         y of the shape and dtype of x.
 
     Raises:
-        ValueError: A wrong rank, shape, device or value; a state that requires a gradient, or whose
-            entries overlap; an index given twice or beyond the pool (found on the CPU and under
-            PRISM_CHECK=1). TypeError: A wrong dtype; a complex A (`selective_scan_step` takes it).
+        ValueError: A wrong rank, shape, device or value; a state whose entries overlap; an index given
+            twice or beyond the pool (found on the CPU and under PRISM_CHECK=1).
+        TypeError: A wrong dtype; a complex A (`selective_scan_step` takes it).
 
     Example:
         >>> state, A, B, C = torch.zeros(2, 8, 16), -torch.rand(8, 16), torch.randn(2, 16), torch.randn(2, 16)
@@ -168,8 +169,9 @@ def selective_state_update(
         dt, A = dt.flatten(1), A.flatten(0, 1)
         D, dt_bias = (None if w is None else w.flatten() for w in (D, dt_bias))
     sizes = (*dt.shape, x.shape[2] if tied else 1)
-    y, _ = selective_scan_step(
-        pool,
+    follows = torch.is_grad_enabled() and state.requires_grad
+    y, new = selective_scan_step(
+        pool.clone() if follows else pool,
         x.reshape(sizes),
         dt,
         A,
@@ -181,11 +183,11 @@ def selective_state_update(
         dt_softplus=dt_softplus,
         discretization="euler",
         state_indices=state_batch_indices,
-        inplace=True,
+        inplace=not follows,
         impl=impl,
     )
-    if pool.data_ptr() != state.data_ptr():  # heads and channels could not be merged in place
-        state.copy_(pool.view(state.shape))
+    if follows or pool.data_ptr() != state.data_ptr():  # a copy, where heads and channels do not merge
+        state.copy_(new.view(state.shape))
     return y.reshape(x.shape)
 
 

@@ -1,4 +1,4 @@
-"""mamba_ssm's functions by ours: against definitions written here, and its own references where a checkout is.
+"""mamba_ssm's functions by ours: against definitions written here, and where a checkout is its references.
 
 `PRISM_PEERS=<folder>` points at the folder that holds a checkout of github.com/state-spaces/mamba.
 """
