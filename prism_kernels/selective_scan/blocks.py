@@ -48,6 +48,13 @@ def backward(
     return ScanGradients(du, ddt.transpose(1, 2), dA, dB, dC, end)
 
 
+def step(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """Return y [B,1,H,P] and the state [B,H,P,N] after one token, by the arithmetic of `forward`."""
+    h_conj = run(u, dt, p, h0, Scratch())[2][1]
+    y = (flat(h_conj) * flat(conj(per_token(p.C, u.shape[2])))[0]).sum(-1).mul_(p.kappa)
+    return y[:, None], conj(h_conj) if h_conj.is_complex() else h_conj.clone()
+
+
 def run(u: Tensor, dt: Tensor, p: Params, h0: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
     """Return conj(a) [c,B,H,1,N], conj(w) [c,B,H,N] and all states, conjugated, [c+1,B,H,P,N], h0 first."""
     step, u_t = dt.transpose(0, 1).contiguous()[..., None], u.transpose(0, 1)[..., None]

@@ -84,22 +84,20 @@ def mamba_chunk_scan_combined(
     """
     _check(x, dt, A, B, C, chunk_size, initial_states, seq_idx)
     checks.check_rank(OP, "A", A, "[H]")
-    if return_varlen_states:
-        _check_sequences(x, seq_idx, cu_seqlens)
     if not dt_softplus or tuple(dt_limit) != NO_LIMIT:
         dt = _step_size(x, dt, dt_bias, dt_softplus).clamp(*dt_limit)
         dt_bias, dt_softplus = None, False
-    rows, states, bounds, last = (x, dt, B, C, z), initial_states, None, None
+    u, states, bounds, last = x, initial_states, None, None
     if return_varlen_states:
-        bounds = cu_seqlens
+        bounds = _sequences(x, seq_idx, cu_seqlens)
         states = _of_first(initial_states, bounds)
     elif seq_idx is not None:
-        rows = tuple(None if r is None else r.flatten(0, 1)[None] for r in rows)
+        u, dt, B, C = (r.flatten(0, 1)[None] for r in (u, dt, B, C))
+        z = None if z is None else z.flatten(0, 1)[None]
         bounds, first, last = _documents(seq_idx)
         states = _of_documents(initial_states, seq_idx, bounds, first)
-    x_rows, dt, B, C, z = rows
     y, final = selective_scan(
-        x_rows,
+        u,
         dt,
         A[:, None].expand(-1, B.shape[-1]),
         B,
@@ -115,12 +113,14 @@ def mamba_chunk_scan_combined(
         impl=impl,
     )
     results = [y.view(x.shape)]
+    if final is None:
+        return results[0]
     if return_final_states:
-        ends = final[-1:] if return_varlen_states else final
-        results.append(final.index_select(0, last) if last is not None else ends)
+        ends = final if last is None else final.index_select(0, last)
+        results.append(final[-1:] if return_varlen_states else ends)
     if return_varlen_states:
         results.append(final.to(C.dtype if state_dtype is None else state_dtype))
-    return tuple(results) if len(results) > 1 else results[0]
+    return tuple(results)
 
 
 def _step_size(x: Tensor, dt: Tensor, dt_bias: Tensor | None, softplus: bool) -> Tensor:
@@ -184,19 +184,16 @@ def _check(
         checks.check_device(OP, x=x, seq_idx=seq_idx)
 
 
-def _check_sequences(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> None:
+def _sequences(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The bounds of return_varlen_states, checked."""
     if cu_seqlens is None:
         advice = "Give the bounds of the sequences."
         checks.fail(OP, "`cu_seqlens` for return_varlen_states=True", "None", advice)
     checks.check_cu_seqlens(OP, cu_seqlens, x.shape[0])
-    if seq_idx is None or not checks.values_are_checked(x):
-        return
-    bounds = _documents(seq_idx[:, : int(cu_seqlens[-1])])[0]
-    if bounds.tolist() != cu_seqlens.unique().tolist():
-        advice = "A document begins where `seq_idx` changes, and at each bound."
-        checks.fail(
-            OP,
-            f"`cu_seqlens` that agrees with `seq_idx`, {bounds.tolist()}",
-            str(cu_seqlens.tolist()),
-            advice,
-        )
+    if seq_idx is not None and checks.values_are_checked(x):
+        bounds = _documents(seq_idx[:, : int(cu_seqlens[-1])])[0].tolist()
+        if bounds != cu_seqlens.unique().tolist():
+            advice = "A document begins where `seq_idx` changes, and at each bound."
+            got = str(cu_seqlens.tolist())
+            checks.fail(OP, f"`cu_seqlens` that agrees with `seq_idx`, {bounds}", got, advice)
+    return cu_seqlens

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._core import checks
 from .._core.autograd import first_order_only
 from .._core.runtime import accumulate_dtype, without_autocast
-from . import frame, torch_impl
+from . import blocks, frame, torch_impl
 from .discrete import ScanGradients
 from .frame import Scan, as_numbers, as_pairs
 
@@ -54,7 +54,10 @@ def selective_scan_fwd(
             frame.check_values(OP, u, dt, dt_bias, A, cu_seqlens, dt_softplus)
         wide = accumulate_dtype(u.dtype)
         scan = Scan.of(u, dt, A, B, C, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler)
-        y, final_state, kept = path(impl).forward(scan.u, scan.dt, scan.params, scan.h0)
+        if impl == "torch" and scan.u.shape[1] == 1 and not save:
+            (y, final_state), kept = blocks.step(scan.u, scan.dt, scan.params, scan.h0), [u.new_empty(0)] * 3
+        else:
+            y, final_state, kept = path(impl).forward(scan.u, scan.dt, scan.params, scan.h0)
         if D is not None:
             y = torch.addcmul(y, frame.skip(D, u.shape[2], wide), scan.u)
         y = scan.layout.restore(y)

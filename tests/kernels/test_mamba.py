@@ -323,3 +323,91 @@ def test_mamba2_and_its_gradients_are_those_of_mamba_ssm(full):
     torch.testing.assert_close(ours[0][0], theirs[0][0], rtol=1e-4, atol=1e-4)
     for name, other in theirs[1].items():
         torch.testing.assert_close(ours[1][name], other, rtol=1e-3, atol=1e-3)
+
+
+PLAIN = scan_inputs(dtype=torch.float32)
+COMPLEX = scan_inputs("grouped", "complex", dtype=torch.float32)
+TOKEN, HEADS, CHUNK = step_inputs(), step_inputs("heads"), chunk_inputs()
+ERRORS = {
+    "time before channels": (selective_scan_fn, PLAIN, {"delta": PLAIN["delta"].mT}, r"`delta` \[B, D, L\]"),
+    "B of another length": (
+        selective_scan_fn,
+        PLAIN,
+        {"B": PLAIN["B"][..., 1:]},
+        r"`B` \[B, N, L\] of shape",
+    ),
+    "half of C": (selective_scan_fn, COMPLEX, {"C": COMPLEX["C"][..., :19]}, r"`C` \[B, G, N, 2L\] of shape"),
+    "groups": (selective_scan_fn, COMPLEX, {"C": COMPLEX["C"].repeat(1, 2, 1, 1)}, "G dividing D = 6"),
+    "D per state": (selective_scan_fn, PLAIN, {"D": torch.ones(5)}, r"`D` \[D\] of shape \(6,\)"),
+    "a growing state": (selective_scan_fn, PLAIN, {"A": -PLAIN["A"]}, "`Re A` <= 0 everywhere"),
+    "state of another size": (
+        selective_state_update,
+        TOKEN,
+        {"state": HEADS["state"][:, 0, 1:]},
+        r"`x` \[B, D\]",
+    ),
+    "A of one head": (selective_state_update, HEADS, {"A": TOKEN["A"]}, r"`A` \[H, D, N\]"),
+    "groups of heads": (selective_state_update, HEADS, {"B": HEADS["B"].repeat(1, 3, 1)}, "G dividing H = 4"),
+    "an expanded state": (
+        selective_state_update,
+        TOKEN,
+        {"state": TOKEN["state"][:1].expand(3, -1, -1)},
+        "of separate entries",
+    ),
+    "a matrix A": (mamba_chunk_scan_combined, CHUNK, {"A": CHUNK["A"][:, None]}, r"`A` \[H\]"),
+    "C of other groups' tokens": (
+        mamba_chunk_scan_combined,
+        CHUNK,
+        {"C": CHUNK["C"][:, 1:]},
+        r"`C` \[B, T, G, N\]",
+    ),
+    "no chunk": (mamba_chunk_scan_combined, CHUNK, {"chunk_size": 0}, "`chunk_size` of at least 1"),
+    "one index per row": (
+        mamba_chunk_scan_combined,
+        CHUNK,
+        {"seq_idx": torch.zeros(2, dtype=torch.int32)},
+        r"`seq_idx` \[B, T\]",
+    ),
+    "no bounds": (mamba_chunk_scan_combined, CHUNK, {"return_varlen_states": True}, "`cu_seqlens`"),
+    "a negative limit": (
+        mamba_chunk_scan_combined,
+        CHUNK,
+        {"dt": CHUNK["dt"] - 9, "dt_softplus": False, "dt_limit": (-1.0, 1.0)},
+        "`dt` >= 0 everywhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_is_refused(name):
+    function, given, changes, pattern = ERRORS[name]
+    with pytest.raises(ValueError, match=pattern):
+        function(**(given | changes))
+
+
+def test_dtypes_that_mean_nothing_are_refused():
+    with pytest.raises(TypeError, match=r"`B` of dtype .*real: \[B, G, N, 2L\]"):
+        selective_scan_fn(**(COMPLEX | {"B": torch.view_as_complex(COMPLEX["B"].unflatten(-1, (-1, 2)))}))
+    with pytest.raises(TypeError, match="`selective_scan_step` takes a complex A"):
+        selective_state_update(**(TOKEN | {"A": TOKEN["A"] + 0j}))
+    with pytest.raises(TypeError, match="`selective_scan` takes complex poles"):
+        mamba_chunk_scan_combined(**(CHUNK | {"A": CHUNK["A"] + 0j}))
+
+
+def test_gradients_flow_through_the_state_of_an_update():
+    given = step_inputs("heads")
+    leaf = given.pop("state").requires_grad_()
+
+    def loss(step):
+        return torch.autograd.grad((step() ** 2).sum(), leaf)[0]
+
+    def ours():
+        state = leaf.clone()
+        first = selective_state_update(state, **given)
+        return first + selective_state_update(state, **given)
+
+    def theirs():
+        state, first = step_definition(leaf, **given)
+        return first + step_definition(state, **given)[1]
+
+    torch.testing.assert_close(loss(ours), loss(theirs))
