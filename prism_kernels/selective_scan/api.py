@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._core import checks
 from .._core.impl import choose_impl
-from . import frame, op, pool
+from . import frame, op, pool, torch_impl
 from .reference import scan_reference
 
 OP = "selective_scan"
@@ -62,7 +62,8 @@ def selective_scan(
         u: Input, r[B,T,H,P].
         dt: Step size per head, r[B,T,H], >= 0 after bias and softplus. With P = 1 it is per channel.
         A: Diagonal, c[H,N] with Re A <= 0, standing for N conjugate pairs; or real r[H,N], and then B,
-            C and the state are real and there is no factor 2; or pairs r[H,N,2].
+            C and the state are real and there is no factor 2; or pairs r[H,N,2]. [H,1] beside B and C of
+            more modes is one pole for all of them.
         B: Input weights, static c[H,N] or c[H,P,N], or input-dependent c[B,T,G,N], H a multiple of G.
             Real ones may go with a complex A. With A in pairs: the same with a last axis of 2.
         C: Read-out weights, like B (B may be static and C dependent, or the reverse).
@@ -159,12 +160,12 @@ def selective_scan_step(
 
     Source: as `selective_scan`.
     """
-    batch, H, P, N = check_step(state, u, dt, A, z, inplace)
+    batch, H, P, N = check_step(state, u, dt, A, B, z, inplace)
     B, C = (with_time(name, x, A, (batch, H, P, N)) for name, x in (("B", B), ("C", C)))
     u, dt, z = u[:, None], dt[:, None], None if z is None else z[:, None]
     slot, h0 = None, state
     if state_indices is not None:
-        check_pool(state, state_indices, u, A)
+        check_pool(state, state_indices, u, A, B)
         slot = pool.slots(state_indices, state.shape[0])
         h0 = pool.read(state, slot)
     elif inplace and torch.is_grad_enabled():
@@ -199,6 +200,9 @@ def dispatch(
     path: str,
 ) -> tuple[Tensor, Tensor]:
     """Run a checked call on one path; the state comes back in the form of `A`."""
+    euler = discretization == "euler"
+    if path != "torch" or not torch_impl.takes_one_pole(u, A, B, C, euler):
+        A = A.expand(-1, modes(A, B), *A.shape[2:])
     convert = to_numbers if path == "reference" else to_pairs
     B, C = convert(B, A), convert(C, A)
     initial_state = None if initial_state is None else convert(initial_state, A)
@@ -221,11 +225,16 @@ def dispatch(
             discretization=discretization,
         )
         return y, torch.view_as_real(state) if A.ndim == 3 else state
-    pairs, euler = to_pairs(A, A), discretization == "euler"
+    pairs = to_pairs(A, A)
     tensors = (u, dt, pairs, B, C, D, z, dt_bias, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     y, state, *_ = op.selective_scan_fwd(*tensors, cu_seqlens, dt_softplus, reverse, euler, save, path)
     return y, torch.view_as_complex(state) if A.is_complex() else state
+
+
+def modes(A: Tensor, B: Tensor) -> int:
+    """N: the modes of A, or where one pole may serve all those of B."""
+    return B.shape[1 - A.ndim] if A.shape[1] == 1 and B.ndim >= A.ndim else A.shape[1]
 
 
 def to_numbers(x: Tensor, A: Tensor) -> Tensor:
@@ -279,7 +288,7 @@ def check_inputs(
     checks.check_time(name, "u", T)
     checks.check_choice(name, "discretization", discretization, ("zoh", "euler"))
     check_diagonal(name, A, H)
-    N = A.shape[1]
+    N = modes(A, B)
     checks.check_shape(name, "dt", dt, (batch, T, H), "[B, T, H]")
     check_weights(name, "B", B, A, (batch, T, H, P, N))
     check_weights(name, "C", C, A, (batch, T, H, P, N))
@@ -352,7 +361,7 @@ def check_weights(name: str, label: str, x: Tensor, A: Tensor, sizes: tuple[int,
 
 
 def check_step(
-    state: Tensor, u: Tensor, dt: Tensor, A: Tensor, z: Tensor | None, inplace: bool
+    state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, z: Tensor | None, inplace: bool
 ) -> tuple[int, int, int, int]:
     """What a time axis would hide: ranks of one token. Return B, H, P, N."""
     checks.check_rank(STEP, "u", u, "[B, H, P]")
@@ -365,12 +374,12 @@ def check_step(
         checks.fail(STEP, "a `state` without gradient for inplace=True", "one that requires it", advice)
     if inplace:
         checks.check_separate(STEP, "state", state)
-    return (*u.shape, A.shape[1])
+    return (*u.shape, modes(A, B))
 
 
-def check_pool(state: Tensor, indices: Tensor, u: Tensor, A: Tensor) -> None:
+def check_pool(state: Tensor, indices: Tensor, u: Tensor, A: Tensor, B: Tensor) -> None:
     """The states, and which of them the rows name; metadata only."""
-    shape, layout = (*state.shape[:1], *u.shape[2:], *A.shape[1:]), "[S, H, P, N]"
+    shape, layout = (*state.shape[:1], *u.shape[2:], modes(A, B), *A.shape[2:]), "[S, H, P, N]"
     advice = "A pool has a state per entry, head, channel and mode. " + FORMS
     checks.check_shape(STEP, "state", state, shape, layout, advice)
     if state.shape[0] == 0:

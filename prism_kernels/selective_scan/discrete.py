@@ -28,7 +28,7 @@ class ScanGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Params:
-    """A [H,N]; B and C static [H,N] or [H,P,N], or dependent [B,T,G,N]; zero-order hold or Euler."""
+    """A [H,N], or [H,1] for one pole; B and C static [H,N] or [H,P,N], or dependent [B,T,G,N]; the method."""
 
     A: Tensor
     B: Tensor
@@ -39,6 +39,16 @@ class Params:
     def kappa(self) -> int:
         """2 where conjugate states are implied."""
         return 2 if self.A.is_complex() else 1
+
+    @property
+    def modes(self) -> int:
+        """N."""
+        return self.B.shape[-1]
+
+    @property
+    def one_pole(self) -> bool:
+        """Whether all modes of a head share its pole."""
+        return self.A.shape[-1] < self.modes
 
     @property
     def by_channel(self) -> bool:

@@ -84,7 +84,7 @@ class Scan:
         poles, B, C = (as_numbers(x.to(wide), A) for x in (A, B, C))
         params = Params(poles, B, C, euler)
         if initial_state is None:
-            state_shape = (u.shape[0], *u.shape[2:], params.A.shape[-1])
+            state_shape = (u.shape[0], *u.shape[2:], params.modes)
             h0 = u.new_zeros(state_shape, dtype=params.A.dtype)
         else:
             h0 = as_numbers(initial_state.to(wide), A)

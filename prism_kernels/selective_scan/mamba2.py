@@ -99,7 +99,7 @@ def mamba_chunk_scan_combined(
     y, final = selective_scan(
         u,
         dt,
-        A[:, None].expand(-1, B.shape[-1]),
+        A[:, None],
         B,
         C,
         D,

@@ -74,10 +74,11 @@ def selective_scan_fwd(
 @selective_scan_fwd.register_fake
 def _(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler, save, impl):
     wide = accumulate_dtype(u.dtype)
-    (batch, T, H, P), N, pair = u.shape, A.shape[1], tuple(A.shape[2:])
+    (batch, T, H, P), N, pair = u.shape, B.shape[1 - A.ndim], tuple(A.shape[2:])
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rank = A.ndim + 1  # of B and C with a value per channel
-    kept = path(impl).residual_shapes(batch, T, H, P, N, rank in (B.ndim, C.ndim), euler)
+    by_channel, one_pole = rank in (B.ndim, C.ndim), A.shape[1] < N
+    kept = path(impl).residual_shapes(batch, T, H, P, N, by_channel, euler, one_pole)
     kept = [(*x, *pair) if save and cu_seqlens is None and len(x) > 1 else (0,) for x in kept]
     return (
         torch.empty_like(u, memory_format=torch.contiguous_format),

@@ -43,7 +43,7 @@ def scan_reference(
     with without_autocast(u.device):
         wide, out_dtype = accumulate_dtype(u.dtype), u.dtype
         deep = wide.to_complex() if A.is_complex() else wide
-        (batch, T, H, P), N = u.shape, A.shape[-1]
+        (batch, T, H, P), N = u.shape, B.shape[-1]
         bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
         end = bounds[-1]
         u, dt, A = u[:, :end].to(wide), dt[:, :end].to(wide), A.to(deep)[:, None]

@@ -1,8 +1,9 @@
 """The recurrence in pure PyTorch, forward and backward, without a tensor [B,T,H,P,N].
 
-Two ways, chosen by shape. With a step size per head and B, C shared by its channels, `dual.py`
-turns chunks of time into matrix products. Otherwise `blocks.py` discretises a block of time at once
-and lets its states follow one by one. Both keep the states at the start of each chunk or block.
+Three ways, chosen by shape. With a step size per head and B, C shared by its channels, `dual.py`
+turns chunks of time into matrix products, and `scalar.py` does where one real pole serves all modes
+of a head. Otherwise `blocks.py` discretises a block of time at once and lets its states follow one by
+one. All keep the states at the start of each chunk or block.
 """
 
 from types import ModuleType
@@ -10,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import blocks, dual
+from . import blocks, dual, scalar
 from .discrete import Params, ScanGradients, Scratch, concatenated, joined
 
 DUAL_CHANNELS = 4  # fewer channels per head do not repay building the matrices
@@ -26,8 +27,8 @@ def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tenso
     That is the states [n+1,H,B,P,N] at the bounds of n chunks of c tokens, and from `dual` its decays
     and weights [n,H,B,c,N].
     """
-    way, c, m = plan(u.shape, p.A.shape[-1], p.by_channel)
-    (batch, T, H, P), N = u.shape, p.A.shape[-1]
+    way, c, m = plan(u.shape, p.modes, p.by_channel, p.one_pole)
+    (batch, T, H, P), N = u.shape, p.modes
     states = h0.new_empty(-(-T // c) + 1, H, batch, P, N)
     states[0] = h0.transpose(0, 1)
     runs, scratch = [], Scratch()
@@ -42,7 +43,7 @@ def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tenso
 
 def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], eta: Tensor) -> ScanGradients:
     """Gradients from g = dL/dy and eta = dL/d(final state)."""
-    batch, (way, c, m) = u.shape[0], plan(u.shape, p.A.shape[-1], p.by_channel)
+    batch, (way, c, m) = u.shape[0], plan(u.shape, p.modes, p.by_channel, p.one_pole)
     if not batch:
         return ScanGradients(*(torch.zeros_like(x) for x in (u, dt, p.A, p.B, p.C, eta)))
     (states, *factors), runs, scratch = kept, [], Scratch()
@@ -56,22 +57,30 @@ def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], et
     return joined(runs[::-1], p)._replace(initial_state=eta.transpose(0, 1))
 
 
-def plan(shape: torch.Size | tuple[int, ...], N: int, by_channel: bool) -> tuple[ModuleType, int, int]:
+def takes_one_pole(u: Tensor, A: Tensor, B: Tensor, C: Tensor, euler: bool) -> bool:
+    """Whether A may stay [H,1] beside more modes of B and C: the case of `scalar.py`."""
+    dependent = not A.is_complex() and A.ndim == 2 and B.ndim == C.ndim == 4
+    return euler and dependent and u.shape[1] >= DUAL_TOKENS and u.shape[3] >= DUAL_CHANNELS
+
+
+def plan(
+    shape: torch.Size | tuple[int, ...], N: int, by_channel: bool, one_pole: bool
+) -> tuple[ModuleType, int, int]:
     """Return the way, the tokens per chunk, and the chunks per call.
 
     Chunks of `blocks` are shorter for larger states, since a block holds all of its own.
     """
     batch, T, H, P = shape
-    if P >= DUAL_CHANNELS and not by_channel and T >= DUAL_TOKENS:
-        return dual, dual.CHUNK, max(1, SLAB // max(1, batch * dual.CHUNK * H * N))
+    if one_pole or P >= DUAL_CHANNELS and not by_channel and T >= DUAL_TOKENS:
+        return scalar if one_pole else dual, dual.CHUNK, max(1, SLAB // max(1, batch * dual.CHUNK * H * N))
     return blocks, min(64, max(16, BLOCK // max(1, batch * H * P * N))), 1
 
 
 def residual_shapes(
-    batch: int, T: int, H: int, P: int, N: int, by_channel: bool, euler: bool
+    batch: int, T: int, H: int, P: int, N: int, by_channel: bool, euler: bool, one_pole: bool
 ) -> list[tuple[int, ...]]:
     """Shapes of what `forward` keeps."""
-    way, c, _ = plan((batch, T, H, P), N, by_channel)
+    way, c, _ = plan((batch, T, H, P), N, by_channel, one_pole)
     n = -(-T // c)
     factor = (n, H, batch, c, N) if way is dual else NOTHING
     return [(n + 1, H, batch, P, N), factor, NOTHING if euler else factor]

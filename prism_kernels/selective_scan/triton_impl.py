@@ -59,7 +59,7 @@ def backward(
 
 
 def residual_shapes(
-    batch: int, T: int, H: int, P: int, N: int, by_channel: bool, euler: bool
+    batch: int, T: int, H: int, P: int, N: int, by_channel: bool, euler: bool, one_pole: bool
 ) -> list[tuple[int, ...]]:
     """Shapes of what `forward` keeps."""
     return [states_shape(batch, T, H, P, N), (0,), (0,)]

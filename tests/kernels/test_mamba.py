@@ -12,6 +12,7 @@ from einops import rearrange, repeat
 
 from benchmarks.registry import Skip, benches
 from prism_kernels import mamba_chunk_scan_combined, selective_scan_fn, selective_state_update
+from prism_kernels.selective_scan import torch_impl
 
 SIZES = (2, 6, 19, 5)
 
@@ -411,3 +412,30 @@ def test_gradients_flow_through_the_state_of_an_update():
         return first + step_definition(state, **given)[1]
 
     torch.testing.assert_close(loss(ours), loss(theirs))
+
+
+@pytest.mark.parametrize("G", [1, 2, 4])
+def test_one_pole_per_head_across_chunks_is_as_many_equal_ones(G, monkeypatch):
+    given = chunk_inputs(G=G, sizes=(2, 150, 4, 4, 3))
+    given["A"] *= 40  # forgets within a token at times
+    given["initial_states"] = torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    call = partial(mamba_chunk_scan_combined, return_final_states=True)
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+    ours = gradients(call, given, names)
+    again = gradients(partial(call, impl="reference"), given, names)
+    for mine, other in zip((*ours[0], *ours[1].values()), (*again[0], *again[1].values()), strict=True):
+        torch.testing.assert_close(mine, other)
+    monkeypatch.setattr(torch_impl, "SLAB", 1)  # a run for each chunk
+    for mine, other in zip(ours[1].values(), gradients(call, given, names)[1].values(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_one_pole_per_head_is_causal_to_the_bit_and_stays_finite():
+    given = chunk_inputs(dtype=torch.float32, sizes=(1, 100, 4, 8, 6))
+    given["A"] *= 1e4
+    y = mamba_chunk_scan_combined(**given)
+    assert y.isfinite().all()
+    later = {n: x.clone() for n, x in given.items() if isinstance(x, torch.Tensor) and x.ndim > 2}
+    for x in later.values():
+        x[:, 70:] = torch.rand_like(x[:, 70:]) * 100
+    assert torch.equal(mamba_chunk_scan_combined(**(given | later))[:, :70], y[:, :70])

@@ -135,11 +135,14 @@ def token_cases(dtype: torch.dtype) -> list[Case]:
 
 def real_cases(dtype: torch.dtype) -> list[Case]:
     make = partial(draw_case, dtype, weights=("token", "token"), real=True, reverse=True)
+    shared = make("one pole for all modes of a head", (1, 67, 4, 8, 5), discretization="euler")
+    stiff = make("one pole, forgetting at once", (2, 9, 4, 5, 3), steps=(1e-6, 1e2), discretization="euler")
     return [
         make("channelwise, backward in time", (2, 9, 8, 1, 6)),
         make("Euler, softplus", (3, 7, 24, 1, 6), discretization="euler", dt_softplus=True),
         make("a step size per head", (2, 17, 8, 4, 8)),
         make("huge steps", (1, 6, 8, 1, 6), steps=(1e1, 1e2), full=False, hostile=True),
+        *(case.with_tensors(A=case.tensors["A"][:, :1]) for case in (shared, stiff)),
     ]
 
 
