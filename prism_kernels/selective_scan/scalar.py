@@ -74,7 +74,7 @@ def backward(
 
 
 def decays(dt_c: Tensor, A: Tensor, scratch: Scratch) -> Decays:
-    """The decays of chunks from dt [m,H,B,c] and A [H,1], each from a sum of its own; `between` in scratch."""
+    """The decays of chunks from dt [m,H,B,c] and A [H,1], each from a sum of its own."""
     theta = dt_c * A[:, :, None]
     c = theta.shape[-1]
     later = torch.ones(c, c, dtype=torch.bool, device=theta.device).tril()
