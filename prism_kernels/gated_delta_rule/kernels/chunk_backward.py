@@ -174,14 +174,14 @@ def inputs_kernel(
     if rest <= 0:
         return
     DTYPE: tl.constexpr = p_q.dtype.element_ty
+    # Passes of role 1 over the values: all sums at once would spill; what is read again is in the cache.
+    PARTS: tl.constexpr = 3 if HV > H else 2 if BK > 32 else 1
     GACC: tl.constexpr = p_G.dtype.element_ty  # sums of dg cancel: in float32 they need more
     o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
     m_t, m_k = o_c < rest, o_k < K
     i, j = o_c[:, None], o_c[None, :]
     of_key = (first * H + i_h) * K
     o_ck, m_ck = o_c[None, :] * (H * K) + o_k[:, None], m_k[:, None] & m_t[None, :]
-    norms = (i_r * HV + i_h * (HV // H)) * C
-    norm_k, norm_q = load_norm(p_norm_k + norms, o_c, L2, ACC), load_norm(p_norm_q + norms, o_c, L2, ACC)
     dx = tl.zeros([BK, C], ACC)
 
     for i_g in tl.range(0, HV // H, disable_licm=True):
@@ -203,6 +203,10 @@ def inputs_kernel(
                 held = load_fixed(p_S + i_rh * K * V, o_kv, top, m_k[:, None] & m_v, ACC)
                 held, held_low = split(held, DTYPE, ACC)
                 read += dot_parts(held, held_low, tl.trans(do), None, DTYPE, PRECISION, ACC)
+            norm_k, norm_q = (
+                load_norm(p_norm_k + rows, o_c, L2, ACC),
+                load_norm(p_norm_q + rows, o_c, L2, ACC),
+            )
             q = load_tokens_across(p_q + of_key, o_c, o_k, rest, H, K)
             k = load_tokens_across(p_k + of_key, o_c, o_k, rest, H, K)
             A *= (beta * norm_k * SCALE)[:, None] * decays(G[None, :], G[:, None], i <= j, ACC)
@@ -216,52 +220,74 @@ def inputs_kernel(
             A, M, M_across = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
             erased, kept = tl.zeros([BK, C], ACC), tl.zeros([BK, C], ACC)
             dbeta, end = tl.zeros([C], ACC), tl.zeros([BK], GACC)
-            for i_v in tl.range(0, NV, disable_licm=True):
-                o_v = i_v * BV + tl.arange(0, BV)
-                m_v = (o_v < V)[None, :]
-                o_cv, o_kv = o_c[:, None] * V + o_v[None, :], o_k[:, None] * V + o_v[None, :]
-                do = load_tokens(p_do + of_value * V, o_c, o_v, rest, HV, V)
-                top = tl.load(p_dR_top + (i_rh * NV + i_v) * C + o_c)
-                dR = load_fixed(p_dR + rows * V, o_cv, top, m_v, ACC)
-                top = tl.load(p_E_top + (i_rh * NV + i_v) * C + o_c)
-                E = load_fixed(p_E + rows * V, o_cv, top, m_v, ACC)
-                dbeta += tl.sum(dR * E, 1)
-                p = p_dv + of_value * V + o_c[:, None] * (HV * V) + o_v[None, :]
-                tl.store(p, narrow(dR * beta[:, None], DTYPE), mask=m_t[:, None] & m_v)
-                dR, dR_low = split(dR, DTYPE, ACC)
-                E, E_low = split(E, DTYPE, ACC)
-                A += dot(do, tl.trans(E), DTYPE, PRECISION, ACC)
-                M += dot(dR, tl.trans(E), DTYPE, PRECISION, ACC)
-                M_across += dot_parts(E, E_low, tl.trans(dR), None, DTYPE, PRECISION, ACC)
-                o_row = (i_rh * NV + i_v) * K + o_k
-                top = tl.load(p_S_top + o_row, mask=m_k, other=0.0)
-                state = load_fixed(p_S + i_rh * K * V, o_kv, top, m_k[:, None] & m_v, ACC)
-                erased += dot_parts(
-                    narrow(state, DTYPE), None, tl.trans(dR), tl.trans(dR_low), DTYPE, PRECISION, ACC
+            dg = tl.zeros([C], GACC)
+            for part in tl.static_range(PARTS):
+                for i_v in tl.range(0, NV, disable_licm=True):
+                    o_v = i_v * BV + tl.arange(0, BV)
+                    m_v = (o_v < V)[None, :]
+                    o_cv, o_kv = o_c[:, None] * V + o_v[None, :], o_k[:, None] * V + o_v[None, :]
+                    do = load_tokens(p_do + of_value * V, o_c, o_v, rest, HV, V)
+                    top = tl.load(p_dR_top + (i_rh * NV + i_v) * C + o_c)
+                    dR = load_fixed(p_dR + rows * V, o_cv, top, m_v, ACC)
+                    top = tl.load(p_E_top + (i_rh * NV + i_v) * C + o_c)
+                    E = load_fixed(p_E + rows * V, o_cv, top, m_v, ACC)
+                    if part == 0:
+                        dbeta += tl.sum(dR * E, 1)
+                        p = p_dv + of_value * V + o_c[:, None] * (HV * V) + o_v[None, :]
+                        tl.store(p, narrow(dR * beta[:, None], DTYPE), mask=m_t[:, None] & m_v)
+                    dR, dR_low = split(dR, DTYPE, ACC)
+                    E, E_low = split(E, DTYPE, ACC)
+                    if part == PARTS - 1:
+                        A += dot(do, tl.trans(E), DTYPE, PRECISION, ACC)
+                        M += dot(dR, tl.trans(E), DTYPE, PRECISION, ACC)
+                        M_across += dot_parts(E, E_low, tl.trans(dR), None, DTYPE, PRECISION, ACC)
+                    if part == 0:
+                        o_row, m_kv = (i_rh * NV + i_v) * K + o_k, m_k[:, None] & m_v
+                        top = tl.load(p_S_top + o_row, mask=m_k, other=0.0)
+                        state = load_fixed(p_S + i_rh * K * V, o_kv, top, m_kv, ACC)
+                        held = narrow(state, DTYPE)
+                        erased += dot_parts(held, None, tl.trans(dR), tl.trans(dR_low), DTYPE, PRECISION, ACC)
+                        top = tl.load(p_dS_top + o_row, mask=m_k, other=0.0)
+                        dstate = load_fixed(p_dS + i_rh * K * V, o_kv, top, m_kv, ACC)
+                        end += tl.sum(state.to(GACC) * dstate, 1)
+                    if part == PARTS // 3:
+                        m_kv = m_k[:, None] & m_v
+                        top = tl.load(p_dS_top + (i_rh * NV + i_v) * K + o_k, mask=m_k, other=0.0)
+                        dstate = load_fixed(p_dS + i_rh * K * V, o_kv, top, m_kv, ACC)
+                        held, held_low = split(dstate, DTYPE, ACC)
+                        kept += dot_parts(held, held_low, tl.trans(E), tl.trans(E_low), DTYPE, PRECISION, ACC)
+                norm_k, norm_q = (
+                    load_norm(p_norm_k + rows, o_c, L2, ACC),
+                    load_norm(p_norm_q + rows, o_c, L2, ACC),
                 )
-                top = tl.load(p_dS_top + o_row, mask=m_k, other=0.0)
-                dstate = load_fixed(p_dS + i_rh * K * V, o_kv, top, m_k[:, None] & m_v, ACC)
-                end += tl.sum(state.to(GACC) * dstate, 1)
-                held, held_low = split(dstate, DTYPE, ACC)
-                kept += dot_parts(held, held_low, tl.trans(E), tl.trans(E_low), DTYPE, PRECISION, ACC)
-            tl.store(p_dbeta + of_value + o_c * HV, dbeta, mask=m_t)
-            q = load_tokens_across(p_q + of_key, o_c, o_k, rest, H, K)
-            k = load_tokens_across(p_k + of_key, o_c, o_k, rest, H, K)
-            G_end = tl.load(p_G + rows + C - 1)
-            D = decays(G[:, None], G[None, :], i >= j, ACC)
-            A *= (norm_q * SCALE)[:, None] * beta[None, :] * D
-            M *= beta[:, None] * beta[None, :] * tl.where(i > j, D, 0.0)
-            M_across *= beta[:, None] * beta[None, :] * decays(G[None, :], G[:, None], i < j, ACC)
-            erased *= (gamma * beta)[None, :]
-            kept *= (tl.exp2(G_end - G).to(ACC) * beta)[None, :]
-            by_row = tl.sum(k.to(GACC) * erased, 0) * norm_k
-            left = tl.sum(k.to(GACC) * kept, 0) * norm_k
-            dx += kept - erased + dot(q, A, DTYPE, PRECISION, ACC)
-            dx -= dot(k, (M + M_across) * norm_k[:, None], DTYPE, PRECISION, ACC)
-            kk = dot(tl.trans(k), k, DTYPE, PRECISION, ACC) * norm_k[:, None] * norm_k[None, :]
-            dg = tl.cumsum(left, 0) - left - tl.cumsum(by_row, 0, reverse=True)
-            dg += tl.sum(end, 0) * tl.exp2(G_end) - across_cut((kk * M_across).to(GACC), C)
+                k = load_tokens_across(p_k + of_key, o_c, o_k, rest, H, K)
+                if part == PARTS - 1:
+                    q = load_tokens_across(p_q + of_key, o_c, o_k, rest, H, K)
+                    D = decays(G[:, None], G[None, :], i >= j, ACC)
+                    A *= (norm_q * SCALE)[:, None] * beta[None, :] * D
+                    M *= beta[:, None] * beta[None, :] * tl.where(i > j, D, 0.0)
+                    M_across *= beta[:, None] * beta[None, :] * decays(G[None, :], G[:, None], i < j, ACC)
+                if part == 0:
+                    tl.store(p_dbeta + of_value + o_c * HV, dbeta, mask=m_t)
+                    erased *= (gamma * beta)[None, :]
+                    by_row = tl.sum(k.to(GACC) * erased, 0) * norm_k
+                    dx -= erased
+                if part == PARTS // 3:
+                    G_end = tl.load(p_G + rows + C - 1)
+                    kept *= (tl.exp2(G_end - G).to(ACC) * beta)[None, :]
+                    left = tl.sum(k.to(GACC) * kept, 0) * norm_k
+                    dx += kept
+                if part == PARTS - 1:
+                    dx += dot(q, A, DTYPE, PRECISION, ACC)
+                    dx -= dot(k, (M + M_across) * norm_k[:, None], DTYPE, PRECISION, ACC)
+                    kk = dot(tl.trans(k), k, DTYPE, PRECISION, ACC) * norm_k[:, None] * norm_k[None, :]
+                    dg -= across_cut((kk * M_across).to(GACC), C)
+                if part == PARTS // 3:
+                    dg += tl.cumsum(left, 0) - left - tl.cumsum(by_row, 0, reverse=True)
+                    dg += tl.sum(end, 0) * tl.exp2(G_end)
             tl.store(p_dg_k + of_value + o_c * HV, dg, mask=m_t)
+    norms = (i_r * HV + i_h * (HV // H)) * C  # of the first head: all of a group have the same
+    norm_k, norm_q = load_norm(p_norm_k + norms, o_c, L2, ACC), load_norm(p_norm_q + norms, o_c, L2, ACC)
     if role == 0:
         dx = unnormalised(dx, p_q + of_key, o_c, o_k, rest, norm_q, H, K, L2, ACC)
         tl.store(p_dq + of_key + o_ck, narrow(dx, DTYPE), mask=m_ck)
