@@ -17,7 +17,7 @@ MOST_WARPS = 8
 # By how many natural logs a state may grow again when walked back through a segment: a fast and an accurate
 # call. Errors of rounding grow with it.
 MOST_DECAY = (4.0, 0.25)
-# Mean |dt A| from which on differences of states shifted by B u / A keep enough digits, for u in 16 and 32 bits.
+# Mean |dt A| from which on differences of states shifted by B u / A keep enough digits: u in 16, in 32 bits.
 LEAST_ANGLE = (2.0**-10, 2.0**-4)
 
 

@@ -9,10 +9,8 @@ backward".
 import triton
 import triton.language as tl
 
-from ..._core.tl_math import exp2_approx, narrow, opaque
+from ..._core.tl_math import exp2_approx, opaque
 from .exponential import (
-    ACCURATE,
-    LOG2E,
     MUFU,
     TURN,
     growth,
@@ -37,122 +35,10 @@ from .numbers import (
     zero_like,
     zeros,
 )
+from .streams import finish, prepare, unit_exp
 
 WINDOW: tl.constexpr = tl.constexpr(8)  # tokens whose states are stored at a time
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def unit_exp(x, FAST: tl.constexpr):
-    """exp(x) for x <= 0."""
-    if FAST == ACCURATE or x.dtype == tl.float64:
-        return growth(x)[0]
-    else:
-        return exp2_approx(x * LOG2E, FAST == MUFU)
-
-
-@triton.jit
-def step_size(raw, SOFTPLUS: tl.constexpr, FAST: tl.constexpr):
-    """The step size and its derivative: softplus, or `raw` itself.
-
-    log(1 + e) = 2 artanh(t) with t = e / (2 + e) <= 1/3, right to rounding for small e too.
-    """
-    if SOFTPLUS:
-        TERMS: tl.constexpr = 16 if raw.dtype == tl.float64 else 7
-        e = unit_exp(-tl.abs(raw), FAST)
-        t = e / (2.0 + e)
-        series = tl.full(raw.shape, 1 / (2 * TERMS + 1), raw.dtype)
-        for k in tl.static_range(TERMS - 1, -1, -1):
-            series = 1 / (2 * k + 1) + t * t * series
-        return tl.maximum(raw, 0.0) + 2.0 * t * series, tl.where(raw > 0.0, 1.0, e) / (1.0 + e)
-    else:
-        return raw, tl.full(raw.shape, 1.0, raw.dtype)
-
-
-@triton.jit
-def gate(z, FAST: tl.constexpr):
-    """silu(z) and its derivative."""
-    e = unit_exp(-tl.abs(z), FAST)
-    sigmoid = tl.where(z > 0.0, 1.0, e) / (1.0 + e)
-    return z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
-
-
-@triton.jit
-def prepare(
-    inputs, strides, kept, p_bias, tokens, m_c, KAPPA: tl.constexpr, BLOCK_C: tl.constexpr, SOFTPLUS: tl.constexpr,
-    GATED: tl.constexpr, BIASED: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Keep u, the step size and g = kappa dL/dy before the gate of a segment, in scratch.
-
-    Then the sums over its tokens of the step size and of g u. (They leave by memory, so that the tiles here
-    and the tiles of states are laid out over the lanes each as suits them.)
-    """
-    p_u, p_dt, p_dy, p_z = inputs
-    k_u, k_dt, k_g, k_sums = kept
-    ACC: tl.constexpr = k_u.dtype.element_ty
-    o_c = tl.arange(0, BLOCK_C)
-    bias = tl.zeros([BLOCK_C], ACC)
-    if BIASED:
-        bias += tl.load(p_bias, mask=m_c, other=0.0).to(ACC)
-    time = tl.zeros([ROWS, BLOCK_C], ACC)
-    driven = tl.zeros([ROWS, BLOCK_C], ACC)
-    for i in range(tl.cdiv(tokens, ROWS)):
-        o_t = i * ROWS + tl.arange(0, ROWS)
-        inside = (o_t < tokens)[:, None]
-        mask = inside & m_c[None, :]
-        o_kept = o_t[:, None] * BLOCK_C + o_c[None, :]
-        t = o_t.to(tl.int64)[:, None]
-        u = tl.load(p_u[None, :] + t * strides[0], mask=mask, other=0.0).to(ACC)
-        raw = tl.load(p_dt[None, :] + t * strides[1], mask=mask, other=0.0).to(ACC)
-        g = KAPPA * tl.load(p_dy[None, :] + t * strides[2], mask=mask, other=0.0).to(ACC)
-        if GATED:
-            z = tl.load(p_z[None, :] + t * strides[3], mask=mask, other=0.0).to(ACC)
-            g *= gate(z, FAST)[0]
-        dt = tl.where(mask, step_size(raw + bias[None, :], SOFTPLUS, FAST)[0], 0.0)
-        tl.store(k_u + o_kept, u, mask=inside)
-        tl.store(k_dt + o_kept, dt, mask=inside)
-        tl.store(k_g + o_kept, g, mask=inside)
-        time += dt
-        driven += g * u
-    tl.store(k_sums + o_c, tl.sum(time, axis=0))
-    tl.store(k_sums + BLOCK_C + o_c, tl.sum(driven, axis=0))
-
-
-@triton.jit
-def finish(
-    inputs, strides, kept, outputs, p_bias, tokens, m_c, BLOCK_C: tl.constexpr, SOFTPLUS: tl.constexpr,
-    GATED: tl.constexpr, BIASED: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Write the gradients of u, dt and z of a segment, whose parts the walk kept; return the sum of dt's."""
-    p_u, p_dt, p_dy, p_z = inputs
-    k_du, k_ddt, k_y = kept
-    p_du, p_ddt, p_dz = outputs
-    ACC: tl.constexpr = k_du.dtype.element_ty
-    o_c = tl.arange(0, BLOCK_C)
-    bias = tl.zeros([BLOCK_C], ACC)
-    if BIASED:
-        bias += tl.load(p_bias, mask=m_c, other=0.0).to(ACC)
-    summed = tl.zeros([ROWS, BLOCK_C], ACC)
-    for i in range(tl.cdiv(tokens, ROWS)):
-        o_t = i * ROWS + tl.arange(0, ROWS)
-        mask = (o_t < tokens)[:, None] & m_c[None, :]
-        o_kept = o_t[:, None] * BLOCK_C + o_c[None, :]
-        t = o_t.to(tl.int64)[:, None]
-        o_out = t * strides[2]
-        du = tl.load(k_du + o_kept, mask=mask, other=0.0)
-        ddt = tl.load(k_ddt + o_kept, mask=mask, other=0.0)
-        if SOFTPLUS:
-            raw = tl.load(p_dt[None, :] + t * strides[1], mask=mask, other=0.0).to(ACC)
-            ddt *= step_size(raw + bias[None, :], SOFTPLUS, FAST)[1]
-        tl.store(p_du[None, :] + o_out, narrow(du, p_du.dtype.element_ty), mask=mask)
-        tl.store(p_ddt[None, :] + o_out, narrow(ddt, p_ddt.dtype.element_ty), mask=mask)
-        summed += ddt
-        if GATED:
-            y = tl.load(k_y + o_kept, mask=mask, other=0.0)
-            dy = tl.load(p_dy[None, :] + t * strides[2], mask=mask, other=0.0).to(ACC)
-            z = tl.load(p_z[None, :] + t * strides[3], mask=mask, other=0.0).to(ACC)
-            tl.store(p_dz[None, :] + o_out, narrow(dy * y * gate(z, FAST)[1], p_dz.dtype.element_ty), mask=mask)
-    return tl.sum(summed, axis=0)
 
 
 @triton.jit
@@ -254,8 +140,8 @@ def advance(
 @triton.jit
 def walk(
     p_numbers, places, B_stride, C_stride, part_stride, kept, p_rows, D, tokens, stored, m_c, N: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr,
-    FAST: tl.constexpr, EULER: tl.constexpr, TOKEN_B: tl.constexpr, TOKEN_C: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
+    EULER: tl.constexpr, TOKEN_B: tl.constexpr, TOKEN_C: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Walk back through a segment by the recurrence as it stands, right for any pole and step size.
 
@@ -296,7 +182,8 @@ def walk(
                 j = i * WINDOW
                 store_number(p_row + (WINDOW + i) * ROW, h, mask)
                 h = advance(
-                    h, A, inv, B, p_B + o_state + j * B_stride, B_stride, (k_u + j * BLOCK_C, k_dt + j * BLOCK_C),
+                    h, A, inv, B, p_B + o_state + j * B_stride, B_stride,
+                    (k_u + j * BLOCK_C, k_dt + j * BLOCK_C),
                     p_row, tl.minimum(WINDOW, tokens - j), mask, False, FAST, EULER, TOKEN_B, BLOCK_C, ROW,
                 )  # fmt: skip
         for i_back in range(windows):
@@ -306,7 +193,8 @@ def walk(
             if stored:
                 h = advance(
                     load_number(p_row + (WINDOW + i) * ROW, mask, ACC, REAL), A, inv, B,
-                    p_B + o_state + first * B_stride, B_stride, (k_u + first * BLOCK_C, k_dt + first * BLOCK_C),
+                    p_B + o_state + first * B_stride, B_stride,
+                    (k_u + first * BLOCK_C, k_dt + first * BLOCK_C),
                     p_row, count, mask, True, FAST, EULER, TOKEN_B, BLOCK_C, ROW,
                 )  # fmt: skip
             for j_back in range(count):
@@ -322,7 +210,7 @@ def walk(
                 a, E, w = discretised(dt, A, inv, FAST, EULER)
                 wB = product(w, B)
                 x = scaled(wB, u[None, :])
-                # the state before, and what is left of it; no branch, which would keep all of this in registers
+                # the state before, and what is left of it; a branch would keep all of this in registers
                 row = load_number(p_row + i_row * ROW, mask & stored, ACC, REAL)
                 old = pick(stored, product(a, row), minus(h, x))
                 h = pick(stored, row, over(old, a))
@@ -384,7 +272,8 @@ def channels_of(i_g, i_c, OF_GROUP: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.c
 @triton.jit(do_not_specialize=["T"])
 def scan_backward(
     # inputs
-    dy_ptr, u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, bounds_ptr, states_ptr, last_ptr, dlast_ptr,
+    dy_ptr, u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, bounds_ptr, states_ptr, last_ptr,
+    dlast_ptr,
     # outputs
     du_ptr, ddt_ptr, dz_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dh0_ptr, scratch_ptr,
     # sizes and strides
@@ -393,10 +282,10 @@ def scan_backward(
     B_stride_b, B_stride_g, B_stride_p, C_stride_b, C_stride_g, C_stride_p,
     U_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr,
     C_STRIDE: tl.constexpr, H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENT: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    REAL: tl.constexpr, EULER: tl.constexpr, TOKEN_B: tl.constexpr, TOKEN_C: tl.constexpr, SOFTPLUS: tl.constexpr,
-    REVERSE: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr, MOST_DECAY: tl.constexpr,
-    LEAST_ANGLE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENT: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, REAL: tl.constexpr, EULER: tl.constexpr, TOKEN_B: tl.constexpr, TOKEN_C: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
+    MOST_DECAY: tl.constexpr, LEAST_ANGLE: tl.constexpr,
 ):  # fmt: skip
     """All gradients; those of A, B, C, D and the bias per sequence and channel, ddt per channel.
 
@@ -482,7 +371,9 @@ def scan_backward(
         k_u = p_scratch + BLOCK_C
         kept = k_u, k_u + AREA, k_u + 2 * AREA, k_u + 6 * AREA
         STRIDES: tl.constexpr = (SIGN * U_STRIDE, SIGN * DT_STRIDE, SIGN * CHANNELS, SIGN * Z_STRIDE)
-        prepare(inputs, STRIDES, kept, p_bias, tokens, m_c, KAPPA, BLOCK_C, SOFTPLUS, GATED, BIASED, FAST, ROWS)
+        prepare(
+            inputs, STRIDES, kept, p_bias, tokens, m_c, KAPPA, BLOCK_C, SOFTPLUS, GATED, BIASED, FAST, ROWS
+        )  # fmt: skip
         tl.debug_barrier()
         k_u = k_u + tl.arange(0, BLOCK_C)
         time = tl.load(k_u + 6 * AREA)
@@ -551,8 +442,9 @@ def scan_backward(
             places = p_A, p_B, p_C, dB_ptr + o_part, dC_ptr + o_part, p_start, p_end
             areas = k_u, k_u + AREA, k_u + 2 * AREA, k_u + 3 * AREA, k_u + 4 * AREA, k_u + 5 * AREA
             walk(
-                p_numbers, places, SIGN * B_STRIDE, SIGN * C_STRIDE, SIGN * PART, areas, p_numbers + 4 * TILE, D,
-                tokens, stored, m_c, N, SEGMENT, BLOCK_C, BLOCK_N, PARTS, REAL, FAST, EULER, TOKEN_B, TOKEN_C, GATED,
+                p_numbers, places, SIGN * B_STRIDE, SIGN * C_STRIDE, SIGN * PART, areas, p_numbers + 4 * TILE,
+                D, tokens, stored, m_c, N, BLOCK_C, BLOCK_N, PARTS, REAL, FAST, EULER, TOKEN_B, TOKEN_C,
+                GATED,
             )  # fmt: skip
             tl.debug_barrier()
             m = load_number(p_numbers + o_tile, mask, ACC, REAL)
