@@ -16,7 +16,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ Call = Callable[[], object]
 Timer = Callable[[Call], float]
 Say = Callable[[str], None]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-UNIT = {"use_qk_l2norm_in_kernel": True}
+UNIT: dict[str, Any] = {"use_qk_l2norm_in_kernel": True}
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,13 @@ def cases(job: Job) -> Iterator[Case]:
 
 def timed(job: Job) -> tuple[Call, Call]:
     """The calls that are timed, forward and backward, at the shape of the job."""
-    (B, T, H, K, V), options = job.shape, {"dtype": job.dtype, "device": job.device}
-    inputs = [torch.randn(B, T, H, n, **options).requires_grad_() for n in (K, K, V)]
-    gates = [torch.rand(B, T, H, device=job.device).requires_grad_() for _ in range(2)]
+    B, T, H, K, V = job.shape
+    options: dict[str, Any] = {"dtype": job.dtype, "device": job.device}
+    q, k, v = (torch.randn(B, T, H, n, **options).requires_grad_() for n in (K, K, V))
+    rate, beta = (torch.rand(B, T, H, device=job.device).requires_grad_() for _ in range(2))
 
     def call() -> Tensor:
-        return chunk_gated_delta_rule(*inputs, -gates[0], gates[1], **UNIT, impl="triton").o
+        return chunk_gated_delta_rule(q, k, v, -rate, beta, **UNIT, impl="triton").o
 
     def forward() -> object:
         with torch.no_grad():
@@ -113,7 +116,7 @@ def timed(job: Job) -> tuple[Call, Call]:
 
     o = call()
     weights = torch.randn_like(o)
-    return forward, lambda: torch.autograd.grad(o, [*inputs, *gates], weights, retain_graph=True)
+    return forward, lambda: torch.autograd.grad(o, [q, k, v, rate, beta], weights, retain_graph=True)
 
 
 def check(job: Job, kernel: str, tests: Sequence[Case]) -> Config:
@@ -145,7 +148,7 @@ def results(job: Job, kernel: str, timer: Timer, say: Say) -> list[Result]:
         say(f"{kernel} is not launched at this shape")
         return []
     tests = [case.to(str(job.device)) for case in cases(job)]
-    tests = [case for case in tests if kernel in launched_by(lambda c=case: run(job, c))]
+    tests = [case for case in tests if kernel in launched_by(partial(run, job, case))]
     found, rows = [], job.candidates(kernel)
     for i, config in enumerate(rows):
         with configs.trying(job.op, {job.key(kernel): config}):

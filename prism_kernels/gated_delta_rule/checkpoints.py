@@ -115,7 +115,7 @@ def chunk_gated_delta_rule_with_checkpoints(
     if path == "reference":
         kept: dict[tuple[int, int], Tensor] = {}
         o, final = reference(OP, call, every, kept)
-        checkpoints = placed(kept, *v.shape[:2], final, every, call.v_first).to(dtype)
+        checkpoints = placed(kept, v.shape[0], v.shape[1], final, every, call.v_first).to(dtype)
         return GatedDeltaRuleCheckpointsOutput(o, final, checkpoints, first)
     o, final, checkpoints, *_ = checkpoints_op.forward(*x, *how, every, save, dtype, path)
     return GatedDeltaRuleCheckpointsOutput(o, final, checkpoints, first)

@@ -130,7 +130,7 @@ class Layout:
         """
         if every == 0:
             return {}
-        if cu_seqlens is None:
+        if cu_seqlens is None or self.order is None:
             counts = torch.full((self.sequences,), T // every)
             first = counts.cumsum(0) - counts
         else:

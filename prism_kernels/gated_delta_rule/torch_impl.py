@@ -93,7 +93,7 @@ def forward(
             error.addcmul_(gamma, read, value=-1)
             torch.baddbmm(error, couple, error, out=corrected)
             torch.mul(start, last, out=left).baddbmm_(write, corrected)
-            if (at := marked.get(c)) is not None:
+            if checkpoints is not None and (at := marked.get(c)) is not None:
                 kept = left[: len(at) * HV].unflatten(0, (-1, HV))
                 checkpoints.flatten(0, 1)[at] = kept.to(checkpoints.dtype)
         out = (reads[:, :C] * x.gamma).baddbmm_(P, E, beta=scale, alpha=scale)
@@ -151,7 +151,7 @@ def backward(
         for c, end, left, (write, tail, couple, error, both, read, last) in zip(
             reversed(range(c0, c1)), ends, handed_on(ends, dstate), reversed(steps), strict=True
         ):
-            if (at := marked.get(c)) is not None:
+            if dcheckpoints is not None and (at := marked.get(c)) is not None:
                 end[: len(at) * HV] += dcheckpoints.flatten(0, 1)[at].flatten(0, 1)
             write.baddbmm_(tail, end)
             error.copy_(torch.baddbmm(write, couple, write))

@@ -31,8 +31,8 @@ def reference(case: Case, product_dtype: torch.dtype | None) -> Outputs:
     options: dict[str, Any] = {"kept": {}} | case.options
     dtype = options.pop("checkpoint_dtype", None)
     outputs = whole.reference(Case(case.name, case.tensors, options), product_dtype)
-    sizes, final = outputs["o"].shape[:2], outputs["final_state"]
-    states = placed(options["kept"], *sizes, final, options["every"], options.get("state_v_first", False))
+    (B, T), final = outputs["o"].shape[:2], outputs["final_state"]
+    states = placed(options["kept"], B, T, final, options["every"], options.get("state_v_first", False))
     return outputs | {"checkpoints": states.to(dtype or final.dtype)}
 
 
