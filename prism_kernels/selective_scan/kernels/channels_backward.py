@@ -14,10 +14,10 @@ from .exponential import (
     MUFU,
     TURN,
     growth,
+    half_turned,
     inverse,
     off_zero,
     rates,
-    rotation,
     turned,
 )
 from .numbers import (
@@ -64,13 +64,14 @@ def discretised(dt, A, inv, FAST: tl.constexpr, EULER: tl.constexpr):
             return (gain,), (rise,), (rise * inv[0],)
     else:
         gain, rise = growth(dt * A[0])
-        sin, cos, versine = rotation(dt * A[1])
-        a = gain * cos, gain * sin
+        sin, cos = half_turned((0.5 * dt) * A[1])
+        twice = (gain + gain) * sin
+        a = gain - sin * twice, twice * cos
         if EULER:
             w = dt + tl.zeros_like(A[0]), tl.zeros_like(A[0])
             return a, w, w
         else:
-            E = rise * cos - versine, a[1]
+            E = rise - sin * twice, a[1]
             return a, E, product(E, inv)
 
 
