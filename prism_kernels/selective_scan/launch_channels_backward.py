@@ -142,7 +142,6 @@ def backward(
         LEAST_ANGLE=LEAST_ANGLE[u.dtype == torch.float32],
         num_warps=tile.warps,
     )
-    nothing = u.new_empty(0)
     dweights = []
     for d, x, token, g in zip((dB, dC), (B, C), by_token, groups, strict=True):
         if token:
@@ -156,10 +155,10 @@ def backward(
         ddt.view(dt.shape) if P == 1 else ddt.sum(-1).to(dt.dtype),
         dA.sum((0, 2)).to(A.dtype),
         *dweights,
-        nothing if D is None else (dD.sum(0) if D.ndim == 2 else dD.sum((0, 2))).to(D.dtype),
-        nothing if dz is None else dz,
-        nothing if dt_bias is None else dbias.sum((0, 2)).to(dt_bias.dtype),
-        nothing if initial_state is None else dh0.to(initial_state.dtype),
+        u.new_empty(0) if D is None else (dD.sum(0) if D.ndim == 2 else dD.sum((0, 2))).to(D.dtype),
+        u.new_empty(0) if dz is None else dz,
+        u.new_empty(0) if dt_bias is None else dbias.sum((0, 2)).to(dt_bias.dtype),
+        u.new_empty(0) if initial_state is None else dh0.to(initial_state.dtype),
     )
 
 
