@@ -34,7 +34,7 @@ compile-report: install
 
 # Ours against other people's code on a CPU, then tables and figures: about seven minutes on two cores.
 bench: install
-	$(BIN)/python -m benchmarks run --device cpu --threads 2 --seconds 3 --within 420 --require-peer --out benchmarks/results/bench_cpu.json
+	$(BIN)/python -m benchmarks run --device cpu --threads 2 --seconds 2 --within 400 --require-peer --out benchmarks/results/bench_cpu.json
 	$(BIN)/python -m benchmarks report
 
 clean:
