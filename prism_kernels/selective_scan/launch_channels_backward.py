@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._core.configs import is_amd
 from .._core.runtime import accumulate_dtype, launch
 from .kernels.channels_backward import scan_backward
 from .kernels.exponential import ACCURATE, MUFU, PORTABLE
@@ -75,7 +76,7 @@ def backward(
         )
     tile = tiling(H * P // G, N)
     fast = not accurate and wide == torch.float32
-    ptx = u.is_cuda and not torch.version.hip
+    ptx = not is_amd(u.device)
 
     A, B, C = A.contiguous(), dense(B, pair), dense(C, pair)
     like_u = torch.zeros if cu_seqlens is not None else torch.empty
