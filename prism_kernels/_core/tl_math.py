@@ -69,15 +69,3 @@ def cos_approx(x, PTX: tl.constexpr):
         return tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
     else:
         return tl.cos(x)
-
-
-@triton.jit
-def opaque(x, PTX: tl.constexpr):
-    """The 32-bit scalar `x`, which the compiler takes for a new value wherever PTX can be used.
-
-    What is computed from it is computed where it stands, not before a loop that has no registers to spare.
-    """
-    if PTX and not INTERPRET:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)
-    else:
-        return x

@@ -21,7 +21,6 @@ MUFU: tl.constexpr = tl.constexpr(2)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 TURN: tl.constexpr = tl.constexpr(6.283185307179586)
 ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to integers
-LEAST_FAST: tl.constexpr = tl.constexpr(0.05)  # the least |A| of a state for fast ways of computing
 LEAST_POLE: tl.constexpr = tl.constexpr(2.0**-40)  # stands for any smaller |A|: exp(dt A) - 1 = dt A there
 
 
@@ -55,7 +54,7 @@ def inverse(A_r, A_i):
 
 @triton.jit
 def rates(A_r, A_i, FAST: tl.constexpr):
-    """What `decay` and `decay_rise` take in place of A: A itself; if fast, its rate in octaves, in turns."""
+    """What `decay_rise` takes in place of A: A itself, or its rate in octaves and its frequency in turns."""
     if FAST == ACCURATE or A_r.dtype == tl.float64:
         return A_r, A_i
     else:
@@ -67,27 +66,20 @@ def decay(dt, rate, frequency, FAST: tl.constexpr):
     """exp(dt A), of `rates` of A."""
     if FAST == ACCURATE or dt.dtype == tl.float64:
         gain, _ = growth(dt * rate)
-        sin, cos = half_turned((0.5 * dt) * frequency)
-        twice = (gain + gain) * sin
-        return gain - sin * twice, twice * cos
+        sin, cos, _ = rotation(dt * frequency)
     else:
         gain = exp2_approx(dt * rate, FAST == MUFU)
         sin, cos = turned(dt, frequency, FAST)
-        return gain * cos, gain * sin
+    return gain * cos, gain * sin
 
 
 @triton.jit
 def decay_rise(dt, rate, frequency, FAST: tl.constexpr):
-    """E = exp(dt A) - 1, of `rates` of A.
-
-    Accurate: with m = exp(x) - 1 for z = x + iy, and s, c the sine and cosine of y/2,
-    Re E = m - 2 exp(x) s^2 and Im E = 2 exp(x) s c, where nothing cancels near z = 0.
-    """
+    """E = exp(dt A) - 1, of `rates` of A."""
     if FAST == ACCURATE or dt.dtype == tl.float64:
         gain, rise = growth(dt * rate)
-        sin, cos = half_turned((0.5 * dt) * frequency)
-        twice = (gain + gain) * sin
-        return rise - sin * twice, twice * cos
+        sin, cos, versine = rotation(dt * frequency)
+        return rise * cos - versine, gain * sin
     else:
         gain = exp2_approx(dt * rate, FAST == MUFU)
         sin, cos = turned(dt, frequency, FAST)
@@ -117,49 +109,56 @@ def real_rise(dt, A, FAST: tl.constexpr):
 
 @triton.jit
 def growth(x):
-    """exp(x) and exp(x) - 1, both to rounding, for x <= 0.
+    """exp(x) and exp(x) - 1, both to rounding, for x <= 0 (at most 88).
 
-    With x = k log 2 + r, one polynomial in r gives both. (tl.exp is off by several units in the last place,
-    and its error has a sign, which a recurrence adds up.) Below -87 nothing is left but 1e-38.
+    With x = k log 2 + r, one series for exp(r) - 1 gives both. (tl.exp is off by several units in the
+    last place, and its error has a sign, which a recurrence adds up.)
     """
+    TERMS: tl.constexpr = 14 if x.dtype == tl.float64 else 8
+    near = tl.abs(x) < 0.35
+    k = tl.minimum(tl.maximum(tl.floor(x * LOG2E + 0.5), -126.0), 127.0)
     if x.dtype == tl.float64:
-        near = tl.abs(x) < 0.35
         r = tl.where(near, x, 0.0)
-        series = tl.full(x.shape, 1.0, x.dtype)
-        for i in tl.static_range(14, 1, -1):
-            series = 1.0 + r * series * (1.0 / i)
-        e = tl.exp(x)
-        return e, tl.where(near, r * series, e - 1.0)
     else:
-        x = tl.maximum(x, -87.0)
-        shifted = x * LOG2E + ROUND
-        k = shifted - ROUND
-        r = (x - k * 0.693359375) + k * 2.12194440e-4
-        high = 0.041666354 + r * (0.0083332741 + r * (0.0013941042 + r * 0.00019913604))
-        rise = r + r * r * (0.5 + r * (0.16666667 + r * high))
-        # the last bits of `shifted` are k; they become an exponent
-        power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
-        return power + power * rise, power * rise + (power - 1.0)
+        r = tl.where(x < -87.0, 0.0, (x - k * 0.693359375) + k * 2.12194440e-4)
+    series = tl.full(x.shape, 1.0, x.dtype)
+    for i in tl.static_range(TERMS, 1, -1):
+        series = 1.0 + r * series * (1.0 / i)
+    rise = r * series
+    if x.dtype == tl.float64:
+        e = tl.exp(x)
+        return e, tl.where(near, rise, e - 1.0)
+    power = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    gone = x < -87.0
+    return tl.where(gone, 0.0, power + power * rise), tl.where(gone, -1.0, power * rise + (power - 1.0))
 
 
 @triton.jit
-def half_turned(y):
-    """sin(y) and cos(y), both of either sign: whole half turns are taken off.
+def rotation(y):
+    """sin(y), cos(y) and 1 - cos(y), the last accurate near 0 too.
 
     tl.sin and tl.cos carry a reduction for any float32 with a table in local memory. Phases here are
-    small: three exact parts of pi hold to |y| = 1e4, and beyond it float32 phases mean little.
+    small: three exact parts of pi/2 hold to |y| = 1e4, and beyond it float32 phases mean little.
     """
     if y.dtype == tl.float64:
-        return tl.sin(y), tl.cos(y)
-    else:
-        turns = (y * (2 / TURN) + ROUND) - ROUND
-        r = ((y - turns * 3.140625) - turns * 9.67502593994140625e-4) - turns * 1.5099579897537296e-7
-        r = tl.minimum(tl.maximum(r, -1.6), 1.6)
-        z = r * r
-        sin = -1.9811037e-4 + z * 2.6087502e-6
-        sin = r + r * z * (-0.1666666 + z * (0.0083330872 + z * sin))
-        cos = 0.041666656 + z * (-0.0013888568 + z * (2.4769223e-5 + z * -2.6192115e-7))
-        return sin, 1.0 - z * (0.5 - z * cos)
+        half = tl.sin(0.5 * y)
+        return tl.sin(y), tl.cos(y), 2.0 * half * half
+    turns = tl.floor(y * 0.6366197723675814 + 0.5)
+    r = ((y - turns * 1.5703125) - turns * 4.837512969970703e-4) - turns * 7.549789948768648e-8
+    r = tl.minimum(tl.maximum(r, -1.0), 1.0)
+    q = turns - 4.0 * tl.floor(turns * 0.25)
+    z = r * r
+    sin = r + r * z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880))))
+    rest = z * z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320 + z * (-1 / 3628800))))
+    lead = 1.0 - 0.5 * z
+    cos = lead + (((1.0 - lead) - 0.5 * z) + rest)
+    versine = 0.5 * z - rest
+    odd = (q == 1.0) | (q == 3.0)
+    s = tl.where(odd, cos, sin)
+    c = tl.where(odd, sin, cos)
+    s = tl.where(q >= 2.0, -s, s)
+    c = tl.where((q == 1.0) | (q == 2.0), -c, c)
+    return s, c, tl.where(q == 0.0, versine, 1.0 - c)
 
 
 @triton.jit
@@ -181,28 +180,3 @@ def weight_slope(dt, A_r, A_i, inv_r, inv_i, E_r, E_i, TERMS: tl.constexpr):
         s_i = p_i * ((k + 1.0) / (k * (k + 2.0)))
     scale = 0.5 * dt * dt
     return tl.where(near, scale * s_r, far_r), tl.where(near, scale * s_i, far_i)
-
-
-@triton.jit
-def decay_of_span(total, A_r, A_i, REAL: tl.constexpr):
-    """exp(total A) over many tokens, `total` in float64: the phase of a long span keeps its digits."""
-    if A_r.dtype == tl.float64:
-        half = 0.5 * total * A_i
-    else:
-        turns = total * A_i * (1 / TURN)
-        half = ((turns - tl.floor(turns + 0.5)) * (0.5 * TURN)).to(tl.float32)
-    gain, _ = growth((total * A_r).to(A_r.dtype))
-    if REAL:
-        return gain, gain
-    else:
-        sin, cos = half_turned(half)
-        return gain - 2.0 * gain * sin * sin, 2.0 * gain * sin * cos
-
-
-@triton.jit
-def fast_is_right(A_r, A_i, mask, ANY: tl.constexpr, FAST: tl.constexpr):
-    """Whether no |A| of a program is so small that the absolute error of fast ways would show."""
-    if ANY or FAST == ACCURATE or A_r.dtype == tl.float64:
-        return True
-    else:
-        return tl.min(tl.where(mask, tl.maximum(tl.abs(A_r), tl.abs(A_i)), 1.0)) >= LEAST_FAST
