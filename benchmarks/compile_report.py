@@ -85,6 +85,9 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
             calls.append((f"K=V={size} {short}", partial(_delta, pk.chunk_gated_delta_rule, size, dtype)))
             calls.append((f"K=V={size} few heads {short}", partial(_delta_few, size, dtype)))
         calls.append((f"K=V=64 l2 {short}", partial(_delta, pk.chunk_gated_delta_rule, 64, dtype, l2=True)))
+        for size in (128, 32):
+            grouped = partial(_delta, pk.chunk_gated_delta_rule, size, dtype, l2=True, groups=2)
+            calls.append((f"K=V={size} l2 grouped {short}", grouped))
         for size in (64, 128):
             recurrent = partial(_delta, pk.fused_recurrent_gated_delta_rule, size, dtype)
             calls.append((f"K=V={size} {short}", recurrent))
@@ -139,8 +142,8 @@ def _conv_update(dtype: torch.dtype) -> tuple:
     return (causal_conv1d_state_update(x, state, torch.zeros(2048, 4), torch.zeros(2048), **options),)
 
 
-def _delta(op: Callable, size: int, dtype: torch.dtype, l2: bool = False) -> tuple:
-    q, k, v = (_leaf(2, 256, 16, size, dtype=dtype) for _ in range(3))
+def _delta(op: Callable, size: int, dtype: torch.dtype, l2: bool = False, groups: int = 1) -> tuple:
+    q, k, v = (_leaf(2, 256, H, size, dtype=dtype) for H in (16 // groups, 16 // groups, 16))
     g, beta, h0 = _leaf(2, 256, 16), _leaf(2, 256, 16), _leaf(2, 16, size, size)
     options = {"output_final_state": True, "use_qk_l2norm_in_kernel": l2, "impl": "triton"}
     return op(q, k, v, g, beta=beta, initial_state=h0, **options)
