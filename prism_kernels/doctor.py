@@ -129,6 +129,10 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
+# Functions that bear another library's name, and the op they run on.
+OF_OTHERS = {"selective_state_update": "selective_scan", "mamba_chunk_scan_combined": "selective_scan"}
+
+
 def paths(device: str) -> list[dict[str, Any]]:
     """For every public op: the path for tensors on `device`, why not Triton's, and whether it ran."""
     from .testing import registry
@@ -136,7 +140,8 @@ def paths(device: str) -> list[dict[str, Any]]:
     specs, public = registry(), importlib.import_module(__package__).__all__
     rows = []
     for name in (n for n in public if n[0].islower()):
-        own = [s for s in specs if s.name == name] or [s for s in specs if name.startswith(s.name)]
+        op = OF_OTHERS.get(name, name)
+        own = [s for s in specs if s.name == op] or [s for s in specs if op.startswith(s.name)]
         if not own:
             rows.append({"op": name, "device": device, "path": None, "why": "not described in the catalogue"})
             continue

@@ -37,7 +37,7 @@ def by_hand(case):
             (4 + 4 / r) * D + 4 * C + 12 + unit, 4 * D + states + tops, 12 * C * D + 14 * D**2,
         ),
         "inputs_kernel": (
-            (6 + 4 / r) * D + states + tops + 8 + unit / r, (2 + 4 / r) * D + 12, 22 * C * D + 14 * D**2,
+            (6 + 4 / r) * D + states + tops + 8 + unit, (2 + 4 / r) * D + 12, 22 * C * D + 14 * D**2,
         ),
     }  # fmt: skip
 
