@@ -78,7 +78,8 @@ def use_selective_scan(*, impl: str | None = None) -> Use:
 
     Concerns Mamba, FalconMamba, Jamba, Zamba; Mamba-2, Zamba2, Bamba, Falcon-H1, Granite-MoE-Hybrid,
     Nemotron-H; and whatever else the installed transformers builds on the same functions: models made
-    before and after the call alike, on CPU and GPU, in training and generation. The weights and the cache
+    before and after the call alike, in training and generation. On a GPU pass impl="torch": the Triton path
+    of the scan has no real A yet, and says so (NotImplementedError). The weights and the cache
     stay as they are, so the switch may be thrown in mid-generation.
 
     Numerics are those of our functions: in float32 the logits agree with transformers' own to rounding; in

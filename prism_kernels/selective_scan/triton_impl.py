@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from .._core.runtime import launch
+from . import kernels
 from .discrete import Params, ScanGradients
 from .frame import as_pairs
-from .kernels import textbook as kernels
 
 SEGMENT = 64  # tokens between two stored states
 TILE = 128  # states of one warp: four per lane

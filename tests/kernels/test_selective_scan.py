@@ -8,8 +8,7 @@ import triton.language as tl
 
 from prism_kernels import selective_scan, selective_scan_step
 from prism_kernels._core.runtime import interpreting
-from prism_kernels.selective_scan import dual, torch_impl, triton_impl
-from prism_kernels.selective_scan.kernels import textbook as kernels
+from prism_kernels.selective_scan import dual, kernels, torch_impl, triton_impl
 from prism_kernels.selective_scan.reference import phi1
 from prism_kernels.testing.inputs import Draw
 
