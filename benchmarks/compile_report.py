@@ -15,7 +15,9 @@ its target, unless `budgets.toml` records that with a reason, or if a budget is 
 """
 
 import argparse
+import inspect
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +36,8 @@ from . import budgets, sass
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_MEMORY = 512  # columns, from sm_100
-SCANS = ("scan_forward", "scan_backward")  # a program holds BLOCK_C x BLOCK_N states and walks the tokens
+# A program of these holds BLOCK_C x BLOCK_N states; the function walks the tokens, UNROLL at a time.
+SCANS = {"scan_forward": "walk"}
 TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -100,8 +103,15 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
         for size in (128, 64, 256):
             calls.append((f"step K=V={size} {short}", partial(_delta_step, size, dtype)))
         calls.append((f"step K=V=128 drafts {short}", partial(_delta_step, 128, dtype, drafts=True)))
-        for P, N in ((1, 16), (1, 64), (32, 64)):
-            calls.append((f"P{P} N{N} {short}", partial(_scan, P, N, dtype)))
+        for N in (16, 64):
+            calls.append((f"P1 N{N} {short}", partial(_scan, 1, N, dtype)))
+        for name, call in SCAN_CALLS.items():
+            calls.append((f"P1 N16 {name} {short}", partial(_scan, 1, 16, dtype, **call)))
+        calls.append((f"P32 N64 {short}", partial(_scan, 32, 64, dtype)))
+        for P, N in ((32, 64), (16, 16)):
+            calls.append((f"heads P{P} N{N} {short}", partial(_scan_heads, P, N, dtype)))
+        N = 128 if dtype == torch.bfloat16 else 64
+        calls.append((f"heads P64 N{N} real {short}", partial(_scan_heads, 64, N, dtype, real=True)))
         calls.append((f"step P1 N16 {short}", partial(_scan_step, 1, 16, dtype)))
         for D in (2048, 4096):
             calls.append((f"D{D} {short}", partial(_norm, D, dtype)))
@@ -184,21 +194,86 @@ def _delta_step(size: int, dtype: torch.dtype, drafts: bool = False) -> tuple:
     return pk.gated_delta_rule_step(pool, q, k, v, q[..., 0].float(), q[..., 0].float(), **options)[:1]
 
 
-def _scan_arguments(P: int, N: int, dtype: torch.dtype) -> tuple[tuple, dict]:
-    H = 64
-    u, dt = _leaf(2, 256, H, P, dtype=dtype), _leaf(2, 256, H)
-    A, B, C = (_leaf(H, N, 2) for _ in range(3))
-    return (u, dt, A, B, C, _leaf(H)), {"dt_bias": _leaf(H), "dt_softplus": True, "impl": "triton"}
+SCAN_CALLS: dict[str, dict[str, bool]] = {
+    "accurate": {"fast": False},
+    "fused": {"fused": True},
+    "token": {"token": True},
+    "mamba": {"token": True, "real": True, "fused": True},
+    "packed": {"packed": True},
+    "split": {"split": True},
+}
 
 
-def _scan(P: int, N: int, dtype: torch.dtype) -> tuple:
-    tensors, options = _scan_arguments(P, N, dtype)
-    return pk.selective_scan(*tensors, **options, output_final_state=True)
+def _scan(
+    P: int,
+    N: int,
+    dtype: torch.dtype,
+    *,
+    fast: bool = True,
+    fused: bool = False,
+    token: bool = False,
+    real: bool = False,
+    packed: bool = False,
+    split: bool = False,
+) -> tuple:
+    """A scan of 2,048 channels; `fused` adds bias, softplus, skip and gate, `real` is Euler's rule."""
+    B, T, H = (1, 4096, 64) if split else (1 if packed else 2, 256, 2048 // P)
+    pair = () if real else (2,)
+    u, dt = _leaf(B, T, H, P, dtype=dtype), _leaf(B, T, H, dtype=dtype)
+    weights = [_leaf(B, T, 1, N, *pair) if token else _leaf(H, N, *pair) for _ in range(2)]
+    options: dict[str, Any] = {"initial_state": _leaf(2 if packed else B, H, P, N, *pair)}
+    if packed:
+        options |= {"cu_seqlens": torch.zeros(3, dtype=torch.int32), "reverse": True}
+    if fused:
+        options |= {
+            "D": _leaf(H),
+            "z": _leaf(B, T, H, P, dtype=dtype),
+            "dt_bias": _leaf(H),
+            "dt_softplus": True,
+        }
+    options |= {"accuracy": "fast" if fast else "accurate", "discretization": "euler" if real else "zoh"}
+    return pk.selective_scan(
+        u, dt, _leaf(H, N, *pair), *weights, **options, output_final_state=True, impl="triton"
+    )
+
+
+def _scan_heads(P: int, N: int, dtype: torch.dtype, real: bool = False) -> tuple:
+    """Forward and backward of the per-head kernels, with everything; real: as in Mamba-2."""
+    from prism_kernels.selective_scan import launch_heads
+
+    pair, rows = () if real else (2,), (1, 256)
+    u, step = torch.zeros(*rows, 8, P, dtype=dtype), torch.zeros(*rows, 8)
+    weight = torch.zeros(*rows, 2, N) if real else torch.zeros(8, N, 2)
+    state, bounds = torch.zeros(2, 8, P, N, *pair), torch.zeros(3, dtype=torch.int32)
+    poles, bias = torch.zeros(8, N, *pair), torch.zeros(8)
+    inputs = (
+        u,
+        step,
+        poles,
+        weight,
+        weight,
+        bias,
+        u,
+        bias,
+        state,
+        None if real else bounds,
+        True,
+        False,
+        real,
+    )
+    if real:
+        inputs = (*inputs[:8], state[:1], *inputs[9:])
+    _, final, kept = launch_heads.forward(*inputs, True, True)
+    launch_heads.backward(u, final, kept, *inputs)
+    return ()
 
 
 def _scan_step(P: int, N: int, dtype: torch.dtype) -> tuple:
-    (u, dt, *rest), options = _scan_arguments(P, N, dtype)
-    return pk.selective_scan_step(_leaf(2, 64, P, N, 2), u[:, 0], dt[:, 0], *rest, **options)
+    H = 2048 // P
+    u, dt, z = _leaf(2, H, P, dtype=dtype), _leaf(2, H, dtype=dtype), _leaf(2, H, P, dtype=dtype)
+    A, B, C = (_leaf(H, N, 2) for _ in range(3))
+    options: dict[str, Any] = {"dt_bias": _leaf(H), "dt_softplus": True, "accuracy": "fast", "impl": "triton"}
+    return pk.selective_scan_step(_leaf(2, H, P, N, 2), u, dt, A, B, C, _leaf(H), z, **options)
 
 
 def _norm(D: int, dtype: torch.dtype) -> tuple:
@@ -284,8 +359,9 @@ def measure(entry: Entry, launch: Launch, compiled: Any) -> Entry:
     if (columns := getattr(compiled.metadata, "tmem_size", 0) or 0) > TENSOR_MEMORY:
         entry.error = f"needs {columns} columns of tensor memory, {entry.target} has {TENSOR_MEMORY}"
     if cuda and entry.kernel in SCANS:
-        states = launch.constexprs["BLOCK_C"] * launch.constexprs["BLOCK_N"]
-        found = sass.per_element(launch.kernel, code, compiled.asm["ptx"], 32 * entry.warps, states)
+        updates = math.prod(launch.constexprs[name] for name in ("BLOCK_C", "BLOCK_N", "UNROLL"))
+        walker = getattr(inspect.getmodule(launch.kernel.fn), SCANS[entry.kernel])
+        found = sass.per_element(walker, code, compiled.asm["ptx"], 32 * entry.warps, updates)
         entry.per_element, entry.mufu_per_element = found
     return entry
 

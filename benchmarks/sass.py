@@ -17,7 +17,6 @@ import re
 import subprocess
 import tempfile
 import textwrap
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,11 +135,13 @@ def per_element(kernel: Any, code: Code, ptx: str, threads: int, states: int) ->
 
 
 def machine_loop(code: Code, file: str, lines: range) -> tuple[int, int]:
-    """The innermost machine loop that holds most of the instructions of these source lines."""
-    votes = Counter(
-        {(a, b): sum(_within(p, file, lines) for p in code.places[a:b]) for a, b in code.innermost()}
-    )
-    (loop, most), *_ = votes.most_common(1) or [((0, 0), 0)]
+    """The innermost machine loop that holds most of the instructions of these source lines.
+
+    Of several that hold about as many (a function inlined twice, a tail) it is the longest.
+    """
+    votes = {(a, b): sum(_within(p, file, lines) for p in code.places[a:b]) for a, b in code.innermost()}
+    most = max(votes.values(), default=0)
+    loop = max((x for x, n in votes.items() if 2 * n >= most), key=lambda x: x[1] - x[0], default=(0, 0))
     if not most:
         raise NoTimeLoop(f"no machine loop comes from {file}:{lines.start}-{lines.stop - 1}")
     return loop

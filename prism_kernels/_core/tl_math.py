@@ -42,3 +42,42 @@ def dot(a, b, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr = 
     PRECISION is the input_precision of float32 operands ("ieee" or "tf32x3"); 16-bit operands ignore it.
     """
     return tl.dot(operand(a, DTYPE), operand(b, DTYPE), input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def exp2_approx(x, PTX: tl.constexpr):
+    """2**x in float32, within 2**-22.5 of the value; one instruction where PTX says that PTX can be used."""
+    if PTX and not INTERPRET:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def sin_approx(x, PTX: tl.constexpr):
+    """sin(x) in float32 for |x| <= pi, within 2**-20.9; one instruction as `exp2_approx` is."""
+    if PTX and not INTERPRET:
+        return tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
+    else:
+        return tl.sin(x)
+
+
+@triton.jit
+def cos_approx(x, PTX: tl.constexpr):
+    """cos(x) in float32 for |x| <= pi, within 2**-20.9; one instruction as `exp2_approx` is."""
+    if PTX and not INTERPRET:
+        return tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, False, 1)
+    else:
+        return tl.cos(x)
+
+
+@triton.jit
+def opaque(x, PTX: tl.constexpr):
+    """The 32-bit scalar `x`, which the compiler takes for a new value wherever PTX can be used.
+
+    What is computed from it is computed where it stands, not before a loop that has no registers to spare.
+    """
+    if PTX and not INTERPRET:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)
+    else:
+        return x

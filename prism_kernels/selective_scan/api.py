@@ -1,6 +1,6 @@
 """The public functions of the selective scan: they validate, explain and dispatch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ def selective_scan(
     cu_seqlens: Tensor | None = None,
     reverse: bool = False,
     discretization: str = "zoh",
+    accuracy: str = "accurate",
     impl: str | None = None,
 ) -> SelectiveScanOutput:
     """Run a selective state-space recurrence with a complex diagonal and zero-order hold.
@@ -78,6 +79,8 @@ def selective_scan(
         reverse: Scan each sequence from its last token to its first. The initial state then enters
             after the last token and the final state is the one after the first.
         discretization: "zoh" or "euler".
+        accuracy: How the Triton path computes exp(dt A): "accurate", to rounding relative to |dt A|, or
+            "fast", by special-function instructions, right to about 1e-6 absolute (README, "Two accuracies").
         impl: None chooses by device; "triton", "torch" or "reference" forces a path.
 
     Returns:
@@ -97,12 +100,10 @@ def selective_scan(
     Source: Gu and Dao, Mamba (arXiv:2312.00752), section 3; Gu et al., S4D (arXiv:2206.11893),
     equations 3 and 4.
     """
-    check_inputs(OP, u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, discretization)
-    lacks = triton_lacks(A, B, C, cu_seqlens, reverse, discretization)
-    path = choose_impl(OP, impl, u.device, triton_lacks=lacks)
-    y, state = dispatch(
-        u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, reverse, discretization, path
-    )
+    check_inputs(OP, u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, discretization, accuracy)
+    path = choose_impl(OP, impl, u.device)
+    tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
+    y, state = dispatch(tensors, dt_softplus, reverse, discretization, accuracy, path)
     return SelectiveScanOutput(y, state if output_final_state else None)
 
 
@@ -119,6 +120,7 @@ def selective_scan_step(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     discretization: str = "zoh",
+    accuracy: str = "accurate",
     state_indices: Tensor | None = None,
     inplace: bool = False,
     impl: str | None = None,
@@ -132,7 +134,7 @@ def selective_scan_step(
         state: c[B,H,P,N], in pairs or real as A is. With `state_indices` the pool c[S,H,P,N].
         u: Input, r[B,H,P].
         dt: Step size, r[B,H].
-        A, D, dt_bias, dt_softplus, discretization, impl: As in `selective_scan`.
+        A, D, dt_bias, dt_softplus, discretization, accuracy, impl: As in `selective_scan`.
         B, C: Static c[H,N] or c[H,P,N], or input-dependent c[B,G,N]. Where [H,P,N] and [B,G,N] are the
             same shape, say which: [1,H,P,N] is static, [B,1,G,N] is input-dependent.
         z: Gate, like u.
@@ -170,11 +172,12 @@ def selective_scan_step(
         h0 = pool.read(state, slot)
     elif inplace and torch.is_grad_enabled():
         h0 = state.clone()
-    check_inputs(STEP, u, dt, A, B, C, D, z, dt_bias, h0, None, discretization)
-    path = choose_impl(STEP, impl, u.device, triton_lacks=triton_lacks(A, B, C, None, False, discretization))
+    check_inputs(STEP, u, dt, A, B, C, D, z, dt_bias, h0, None, discretization, accuracy)
+    path = choose_impl(STEP, impl, u.device)
     if slot is not None:
         u, dt, B, C, z = pool.of_live(slot < state.shape[0], u, dt, B, C, z, dt_bias, A)
-    y, new = dispatch(u, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, None, False, discretization, path)
+    tensors = (u, dt, A, B, C, D, z, dt_bias, h0, None)
+    y, new = dispatch(tensors, dt_softplus, False, discretization, accuracy, path)
     if slot is not None:
         y = pool.where_live(slot < state.shape[0], y)
         new = pool.write(state, slot, new.detach()) if inplace else pool.replaced(state, slot, new)
@@ -184,22 +187,18 @@ def selective_scan_step(
 
 
 def dispatch(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
+    tensors: tuple[Any, ...],
     dt_softplus: bool,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
     reverse: bool,
     discretization: str,
+    accuracy: str,
     path: str,
 ) -> tuple[Tensor, Tensor]:
-    """Run a checked call on one path; the state comes back in the form of `A`."""
+    """Run a checked call on one path; the state comes back in the form of `A`.
+
+    `tensors` are u, dt, A, B, C, D, z, dt_bias, initial_state and cu_seqlens.
+    """
+    u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens = tensors
     euler = discretization == "euler"
     if path != "torch" or not torch_impl.takes_one_pole(u, A, B, C, euler):
         A = A.expand(-1, modes(A, B), *A.shape[2:])
@@ -225,10 +224,10 @@ def dispatch(
             discretization=discretization,
         )
         return y, torch.view_as_real(state) if A.ndim == 3 else state
-    pairs = to_pairs(A, A)
-    tensors = (u, dt, pairs, B, C, D, z, dt_bias, initial_state)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    y, state, *_ = op.selective_scan_fwd(*tensors, cu_seqlens, dt_softplus, reverse, euler, save, path)
+    given = (u, dt, to_pairs(A, A), B, C, D, z, dt_bias, initial_state)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    options = (dt_softplus, reverse, euler, accuracy == "accurate", save, path)
+    y, state, *_ = op.selective_scan_fwd(*given, cu_seqlens, *options)
     return y, torch.view_as_complex(state) if A.is_complex() else state
 
 
@@ -251,22 +250,6 @@ def to_pairs(x: Tensor, A: Tensor) -> Tensor:
     )
 
 
-def triton_lacks(
-    A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None, reverse: bool, discretization: str
-) -> list[str]:
-    """What a call asks for and the Triton path has not, in words."""
-    rank = 4 + (A.ndim == 3)
-    lacks = {
-        "a real A": A.ndim == 2 and not A.is_complex(),
-        "input-dependent B": B.ndim == rank,
-        "input-dependent C": C.ndim == rank,
-        "cu_seqlens": cu_seqlens is not None,
-        "reverse=True": reverse,
-        "discretization='euler'": discretization == "euler",
-    }
-    return [name for name, asked in lacks.items() if asked]
-
-
 def check_inputs(
     name: str,
     u: Tensor,
@@ -280,6 +263,7 @@ def check_inputs(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     discretization: str,
+    accuracy: str,
 ) -> None:
     """Every check that looks at metadata only."""
     checks.check_rank(name, "u", u, "[B, T, H, P]")
@@ -287,6 +271,7 @@ def check_inputs(
     batch, T, H, P = u.shape
     checks.check_time(name, "u", T)
     checks.check_choice(name, "discretization", discretization, ("zoh", "euler"))
+    checks.check_choice(name, "accuracy", accuracy, ("accurate", "fast"))
     check_diagonal(name, A, H)
     N = modes(A, B)
     checks.check_shape(name, "dt", dt, (batch, T, H), "[B, T, H]")

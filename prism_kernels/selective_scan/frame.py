@@ -1,4 +1,4 @@
-"""What surrounds the recurrence on every fast path: packing, direction, step size, skip and gate.
+"""What surrounds the recurrence on the torch path: packing, direction, step size, skip and gate.
 
 The recurrence itself then sees whole sequences, forward in time, with step sizes that are final.
 Packed sequences become rows [S, Tmax]; a token of padding has a step size of 0, which keeps the state.
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .._core import checks
 from .._core.runtime import accumulate_dtype
-from .discrete import Params
+from . import blocks, torch_impl
+from .discrete import Params, ScanGradients
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,117 @@ def skip(D: Tensor, H: int, wide: torch.dtype) -> Tensor:
 def padded(x: Tensor, T: int) -> Tensor:
     """`x` [B,t,H,P] with zeros after its last token, up to T tokens."""
     return x if x.shape[1] == T else F.pad(x, (0, 0, 0, 0, 0, T - x.shape[1]))
+
+
+def forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    euler: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return y, the final state, and four residuals: three of the recurrence, and y before the gate."""
+    wide = accumulate_dtype(u.dtype)
+    scan = Scan.of(u, dt, A, B, C, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler)
+    if scan.u.shape[1] == 1 and not save:
+        (y, final_state), kept = blocks.step(scan.u, scan.dt, scan.params, scan.h0), [u.new_empty(0)] * 3
+    else:
+        y, final_state, kept = torch_impl.forward(scan.u, scan.dt, scan.params, scan.h0)
+    if D is not None:
+        y = torch.addcmul(y, skip(D, u.shape[2], wide), scan.u)
+    y = scan.layout.restore(y)
+    ungated = y.new_empty(0)
+    if z is not None:
+        gate = F.silu(z[:, : scan.layout.total].to(wide))
+        ungated, y = y, padded(y[:, : scan.layout.total] * gate, y.shape[1])
+    # With cu_seqlens the sizes depend on the data.
+    kept = [as_pairs(x) if save and cu_seqlens is None else y.new_empty(0) for x in kept]
+    ungated = ungated.contiguous() if save else y.new_empty(0)
+    return y.to(u.dtype).contiguous(), as_pairs(final_state), [*kept, ungated]
+
+
+def residuals(
+    u: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None, cu_seqlens: Tensor | None, euler: bool
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what `forward` keeps for a backward."""
+    wide, rank = accumulate_dtype(u.dtype), A.ndim + 1  # of B and C with a value per channel
+    (batch, T, H, P), pair = u.shape, tuple(A.shape[2:])
+    N, by_channel = B.shape[1 - A.ndim], rank in (B.ndim, C.ndim)
+    kept = torch_impl.residual_shapes(batch, T, H, P, N, by_channel, euler, A.shape[1] < N)
+    kept = [(*x, *pair) if cu_seqlens is None and len(x) > 1 else (0,) for x in kept]
+    return [(shape, wide) for shape in (*kept, (0,) if z is None else tuple(u.shape))]
+
+
+def backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    residuals: list[Tensor],
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    euler: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state; empty where there is no input."""
+    wide = accumulate_dtype(u.dtype)
+    scan = Scan.of(u, dt, A, B, C, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, euler)
+    *kept, ungated = residuals[:4]
+    layout, total = scan.layout, scan.layout.total
+    g, dz = dy.to(wide), None
+    if z is not None:
+        gate, g = z[:, :total].to(wide), g[:, :total]
+        dz = padded(torch.ops.aten.silu_backward(g * ungated[:, :total], gate), z.shape[1])
+        g = g * F.silu(gate)
+    g = layout.arrange(g)
+    if cu_seqlens is None:
+        kept = [as_numbers(x, A) if x.ndim > 1 else x for x in kept]
+    else:
+        kept = torch_impl.forward(scan.u, scan.dt, scan.params, scan.h0)[2]
+    eta = torch.zeros_like(scan.h0) if dfinal is None else as_numbers(dfinal.to(wide), A)
+    d: ScanGradients = torch_impl.backward(g, scan.u, scan.dt, scan.params, kept, eta)
+    du, dD = d.u, None
+    if D is not None:
+        du = torch.addcmul(du, g, skip(D, u.shape[2], wide))
+        dD = (g * scan.u).sum((0, 1), dtype=torch.float64)
+        dD = dD if D.ndim == 2 else dD.sum(-1)
+    ddt = d.dt * -torch.expm1(-scan.dt) if dt_softplus else d.dt
+    ddt = layout.restore(ddt)
+    dB, dC = (layout.restore(x) if x.ndim == 4 else x for x in (d.B, d.C))
+    return (
+        like(u, layout.restore(du), u),
+        like(dt, ddt, u),
+        like(A, d.A, u),
+        like(B, dB, u),
+        like(C, dC, u),
+        like(D, dD, u),
+        like(z, dz, u),
+        like(dt_bias, ddt.sum((0, 1)), u),
+        like(initial_state, d.initial_state, u),
+    )
+
+
+def like(x: Tensor | None, gradient: Tensor | None, u: Tensor) -> Tensor:
+    """The gradient in the dtype of `x`, contiguous; empty where there is no input `x`."""
+    if x is None or gradient is None:
+        return u.new_empty(0)
+    return as_pairs(gradient).to(x.dtype).contiguous()
 
 
 def check_values(

@@ -61,8 +61,6 @@ def selective_scan_fn(
 
     Raises:
         ValueError: A wrong rank, shape, device or value; L = 0. TypeError: A wrong dtype.
-        NotImplementedError: impl='triton', or None on a GPU: that path has no real A, Euler's rule or weights
-            per token yet; impl="torch" has.
 
     Example:
         >>> u, delta, A = torch.randn(2, 8, 50), torch.rand(2, 8, 50), -torch.rand(8, 16)
@@ -150,8 +148,6 @@ def selective_state_update(
         ValueError: A wrong rank, shape, device or value; a state whose entries overlap; an index given
             twice or beyond the pool (found on the CPU and under PRISM_CHECK=1).
         TypeError: A wrong dtype; a complex A (`selective_scan_step` takes it).
-        NotImplementedError: impl='triton', or None on a GPU: that path has no real A, Euler's rule or weights
-            per token yet; impl="torch" has.
 
     Example:
         >>> state, A, B, C = torch.zeros(2, 8, 16), -torch.rand(8, 16), torch.randn(2, 16), torch.randn(2, 16)

@@ -73,8 +73,6 @@ def mamba_chunk_scan_combined(
         ValueError: A wrong rank, shape, device or value; sequences without their bounds, or other than
             the documents of `seq_idx` (found on the CPU and under PRISM_CHECK=1).
         TypeError: A wrong dtype.
-        NotImplementedError: impl='triton', or None on a GPU: that path has no real A, Euler's rule or weights
-            per token yet; impl="torch" has.
 
     Example:
         >>> x, dt, A = torch.randn(2, 50, 4, 8), torch.rand(2, 50, 4), -torch.rand(4)

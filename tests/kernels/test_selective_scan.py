@@ -8,7 +8,8 @@ import triton.language as tl
 
 from prism_kernels import selective_scan, selective_scan_step
 from prism_kernels._core.runtime import interpreting
-from prism_kernels.selective_scan import dual, kernels, torch_impl, triton_impl
+from prism_kernels.selective_scan import dual, launch_channels, torch_impl
+from prism_kernels.selective_scan.kernels import channels, exponential
 from prism_kernels.selective_scan.reference import phi1
 from prism_kernels.testing.inputs import Draw
 
@@ -76,7 +77,7 @@ def test_equal_steps_are_the_convolution_of_s4d(impl, P):
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
 def test_channelwise_euler_with_real_poles_is_mamba(impl):
     """The recurrence of mamba's selective scan, in its layout [B,D,L], written out here."""
     batch, width, length, N = 2, 6, 13, 4
@@ -169,7 +170,7 @@ def test_triton_gradients_equal_autograd_through_the_definition(forms, P, N):
 
 
 def test_segments_of_the_kernels_join(monkeypatch):
-    monkeypatch.setattr(triton_impl, "SEGMENT", 4)
+    monkeypatch.setattr(launch_channels, "SEGMENT", 4)
     for T in (3, 4, 5, 9):
         tensors = inputs(1, T, 2, 2, 3)
         assert_close(gradients(tensors, "triton"), gradients(tensors, "reference"))
@@ -211,7 +212,7 @@ def test_reverse_is_a_flip_on_both_sides(P):
     torch.testing.assert_close(got["final_state"], expected.final_state, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("P", [1, 4])
 def test_packed_sequences_equal_a_loop_over_them(impl, reverse, P):
@@ -303,24 +304,89 @@ def test_conjugate_views_are_read_as_conjugates(impl):
 @triton.jit
 def evaluate(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
-    gain, rise = kernels.growth(tl.load(x_ptr + i), 8)
-    sin, cos, versine = kernels.rotation(tl.load(y_ptr + i))
+    gain, rise = exponential.growth(tl.load(x_ptr + i))
+    sin, cos = exponential.half_turned(tl.load(y_ptr + i))
     tl.store(out_ptr + i, gain)
     tl.store(out_ptr + SIZE + i, rise)
-    tl.store(out_ptr + 2 * SIZE + i, sin)
-    tl.store(out_ptr + 3 * SIZE + i, cos)
-    tl.store(out_ptr + 4 * SIZE + i, versine)
+    tl.store(out_ptr + 2 * SIZE + i, sin * cos)
+    tl.store(out_ptr + 3 * SIZE + i, sin * sin)
+    tl.store(out_ptr + 4 * SIZE + i, channels.softplus(tl.load(y_ptr + i) - 50.0, exponential.ACCURATE))
+
+
+@triton.jit
+def rise_of(dt_ptr, A_r_ptr, A_i_ptr, out_ptr, SIZE: tl.constexpr, FAST: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    dt, A_r, A_i = tl.load(dt_ptr + i), tl.load(A_r_ptr + i), tl.load(A_i_ptr + i)
+    rate, frequency = exponential.rates(A_r, A_i, FAST)
+    E_r, E_i = exponential.decay_rise(dt, rate, frequency, FAST)
+    tl.store(out_ptr + i, E_r)
+    tl.store(out_ptr + SIZE + i, E_i)
+    tl.store(out_ptr + 2 * SIZE + i, exponential.real_rise(dt, A_r, FAST))
 
 
 def test_device_functions_round_as_well_as_pytorch():
-    """exp, expm1, sin, cos and 1 - cos of the kernels, relative to float64."""
+    """exp, expm1, sin cos, sin^2 and softplus of the kernels, relative to float64."""
     if not interpreting():
         pytest.skip("reads device functions through the interpreter")
-    x, y = -torch.logspace(-8, 1.9, 4096), torch.logspace(-6, 3.9, 4096)
+    x, y = -torch.logspace(-8, 1.93, 4096), torch.logspace(-6, 2, 4096)
     out = torch.empty(5, 4096)
     evaluate[(1,)](x, y, out, SIZE=4096)
     X, Y = x.double(), y.double()
-    exact = (X.exp(), X.expm1(), Y.sin(), Y.cos(), 2 * (Y / 2).sin() ** 2)
-    for got, e in zip(out, exact, strict=True):
-        error = (got - e).abs() / e.abs().clamp_min(1e-3 if e is exact[2] or e is exact[3] else 0)
-        assert error.max() < 4 * torch.finfo(torch.float32).eps
+    exact = (X.exp(), X.expm1(), Y.sin() * Y.cos(), Y.sin() ** 2, F.softplus((y - 50).double()))
+    for got, e, least in zip(out, exact, (0, 0, 1, 1, 0), strict=True):
+        error = (got - e).abs() / e.abs().clamp_min(least)
+        assert error.max() < 6 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("fast", [0, 1])
+def test_rise_is_right_relative_to_its_size(fast):
+    """exp(dt A) - 1 to rounding: relative to |dt A| if accurate or if A is real, else absolute."""
+    if not interpreting():
+        pytest.skip("reads device functions through the interpreter")
+    draw = Draw(0, torch.float32)
+    dt = draw.log_uniform(4096, low=1e-7, high=1.0)
+    A_r, A_i, out = -draw.log_uniform(4096, low=1e-3, high=10.0), draw.normal(4096), torch.empty(3, 4096)
+    rise_of[(1,)](dt, A_r, A_i, out, SIZE=4096, FAST=fast)
+    z = dt.double() * torch.complex(A_r.double(), A_i.double())
+    error = (torch.complex(out[0].double(), out[1].double()) - z * phi1(z)).abs()
+    eps = torch.finfo(torch.float32).eps
+    assert (error / (z.abs().clamp(max=1) if fast == 0 else 1)).max() < 4 * eps
+    assert ((out[2] - z.real.expm1()) / z.real.expm1()).abs().max() < 4 * eps
+
+
+@pytest.mark.parametrize("forms, options", [("ss", {}), ("dd", {"reverse": True})])
+@pytest.mark.parametrize("real", [False, True], ids=["complex", "real"])
+def test_sequences_cut_in_time_equal_whole_ones(monkeypatch, forms, options, real):
+    tensors = inputs(1, 27, 2, 3, 5, forms=forms, real=real)
+    packed = tensors | {"cu_seqlens": torch.tensor([0, 0, 13, 14, 25])}
+    packed["initial_state"] = tensors["initial_state"].expand(4, 2, 3, 5)
+    options = options | {"output_final_state": True, "impl": "triton"}
+    expected = [selective_scan(**t, **options) for t in (tensors, packed)]
+    monkeypatch.setattr(launch_channels, "SEGMENT", 4)
+    monkeypatch.setattr(launch_channels, "LEAST_SPAN", 4)
+    for t, (y, state) in zip((tensors, packed), expected, strict=True):
+        got = selective_scan(**t, **options)
+        torch.testing.assert_close(got.y, y, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got.final_state, state, rtol=1e-12, atol=1e-12)
+
+
+def test_poles_going_to_zero_are_right():
+    tensors = inputs(1, 6, 3, 1, 4, dtype=torch.float32)
+    for size in (1e-2, 1e-5, 1e-9, 1e-20, 0.0):
+        for accuracy in ("accurate", "fast"):
+            small = tensors | {"A": tensors["A"] * size}
+            wide = {n: t.to(torch.complex128 if t.is_complex() else WIDE) for n, t in small.items()}
+            got = selective_scan(**small, accuracy=accuracy, impl="triton").y
+            assert_close({"y": got}, {"y": selective_scan(**wide, impl="reference").y}, 1e-6)
+
+
+def test_a_zero_step_and_an_empty_sequence_keep_the_state():
+    tensors = inputs(1, 3, 2, 2, 3, dtype=torch.float32)
+    start = torch.randn(2, 2, 2, 3, dtype=torch.cfloat)
+    tensors |= {"cu_seqlens": torch.tensor([0, 0, 3]), "initial_state": start}
+    state = selective_scan(**tensors, output_final_state=True, impl="triton").final_state
+    assert torch.equal(state[0], start[0])
+    del tensors["dt_bias"]
+    tensors["dt"] = torch.zeros_like(tensors["dt"])
+    state = selective_scan(**tensors, output_final_state=True, impl="triton").final_state
+    torch.testing.assert_close(state, start, rtol=1e-6, atol=0)

@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
+from ..._core.chunk_rows import chunk_at, span
 from ..._core.tl_math import dot, narrow
 from .common import (
     checkpoint_at,
     checkpoint_row,
-    chunk_at,
     decays,
     dot_parts,
     errors_of,
@@ -19,7 +19,6 @@ from .common import (
     load_tokens,
     load_tokens_across,
     segment_at,
-    span,
     split,
     store_fixed,
     written,

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
+from ..._core.chunk_rows import chunk_at, span
 from ..._core.tl_math import dot, narrow
 from .common import (
     LOG2E,
     checkpoint_at,
     checkpoint_row,
-    chunk_at,
     coupling,
     coupling_step,
     decays,
@@ -18,7 +18,6 @@ from .common import (
     load_square,
     load_tokens,
     segment_at,
-    span,
     split,
     store_fixed,
 )

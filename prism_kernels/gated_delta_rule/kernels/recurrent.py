@@ -8,8 +8,8 @@ are counted over the whole batch.
 import triton
 import triton.language as tl
 
+from ..._core.chunk_rows import span
 from ..._core.tl_math import narrow
-from .common import span
 
 
 @triton.jit

@@ -11,6 +11,7 @@ Segments have rows as chunks do: sequence s, which starts at token t, has its ow
 import triton
 import triton.language as tl
 
+from ..._core.chunk_rows import span
 from ..._core.tl_math import dot
 from .common import (
     checkpoint_at,
@@ -21,7 +22,6 @@ from .common import (
     load_square,
     load_tokens,
     segment_at,
-    span,
     written,
     written_back,
 )

@@ -29,7 +29,8 @@ def reference(case: Case, product_dtype: torch.dtype | None) -> Outputs:
     for name in ("A", "B", "C", "initial_state"):
         if name in tensors:
             tensors[name] = to_numbers(tensors[name], A)
-    y, state = scan_reference(**tensors, **case.options, product_dtype=product_dtype)
+    options = {n: v for n, v in case.options.items() if n != "accuracy"}
+    y, state = scan_reference(**tensors, **options, product_dtype=product_dtype)
     return {"y": y, "final_state": torch.view_as_real(state) if A.ndim == 3 else state}
 
 
@@ -98,6 +99,7 @@ def static_cases(dtype: torch.dtype) -> list[Case]:
     in_pairs = {n: torch.view_as_real(pairs.tensors[n]) for n in ("A", "B", "C", "initial_state")}
     oscillating = make("undamped poles", (1, 9, 4, 4, 8), hostile=True)
     undamped = torch.complex(torch.zeros_like(oscillating.tensors["A"].real), oscillating.tensors["A"].imag)
+    turning = make("many turns in a step", (1, 6, 4, 1, 4), steps=(1e-5, 1e1), hostile=True)
     return [
         make("a step size per head, with all there is", (2, 6, 4, 4, 8)),
         make("one token", (2, 1, 4, 4, 8), dt_softplus=True),
@@ -111,10 +113,15 @@ def static_cases(dtype: torch.dtype) -> list[Case]:
         packed.with_tensors(initial_state=states, cu_seqlens=bounds),
         pairs.with_tensors(**in_pairs),
         zero_pole.with_tensors(A=A),
+        make("one state", (1, 5, 3, 1, 1), reverse=True),
+        make("seventeen states", (1, 3, 2, 1, 17)),
+        make("three hundred states", (1, 3, 1, 1, 300), full=False),
+        make("fast", (2, 9, 16, 1, 16), accuracy="fast", dt_softplus=True),
         make("tiny steps", (1, 11, 4, 4, 16), steps=(1e-7, 1e-5), full=False, hostile=True),
         make("huge steps", (1, 8, 4, 4, 8), steps=(1e1, 1e2), full=False, hostile=True),
         make("tiny and huge steps by turns", (1, 18, 4, 4, 8), steps=(1e-6, 1e2), hostile=True),
         oscillating.with_tensors(A=undamped),
+        turning.with_tensors(A=torch.complex(turning.tensors["A"].real, 1e3 * turning.tensors["A"].imag)),
     ]
 
 
@@ -129,6 +136,8 @@ def token_cases(dtype: torch.dtype) -> list[Case]:
             initial_state=Draw(4, dtype).complex_normal(2, 4, 4, 6), cu_seqlens=torch.tensor([0, 17, 19])
         ),
         grouped.with_tensors(**groups),
+        make("B alone, backward in time", (1, 6, 4, 1, 3), weights=("token", "head"), reverse=True),
+        make("C alone, Euler", (1, 6, 4, 3, 3), weights=("head", "token"), discretization="euler"),
         make("huge steps", (1, 17, 4, 4, 8), steps=(1e1, 1e2), full=False, hostile=True),
     ]
 
@@ -141,6 +150,8 @@ def real_cases(dtype: torch.dtype) -> list[Case]:
         make("channelwise, backward in time", (2, 9, 8, 1, 6)),
         make("Euler, softplus", (3, 7, 24, 1, 6), discretization="euler", dt_softplus=True),
         make("a step size per head", (2, 17, 8, 4, 8)),
+        make("static weights, fast", (1, 9, 8, 1, 16), weights=("head", "channel"), accuracy="fast"),
+        make("tiny steps", (1, 6, 8, 1, 6), steps=(1e-7, 1e-5), full=False, hostile=True),
         make("huge steps", (1, 6, 8, 1, 6), steps=(1e1, 1e2), full=False, hostile=True),
         *(case.with_tensors(A=case.tensors["A"][:, :1]) for case in (shared, stiff)),
     ]
@@ -210,15 +221,6 @@ def errors() -> list[ErrorCase]:
     def bounds(*values: float) -> dict[str, Tensor]:
         return row | {"cu_seqlens": torch.tensor(values)}
 
-    needs = r"a call that the 'triton' path covers, got "
-    lacking = {
-        "a real A": {"A": A.real, "B": B.real, "C": C.real},
-        "input-dependent B": {"B": torch.ones(2, 6, 1, 5)},
-        "input-dependent C": {"C": torch.ones(2, 6, 1, 5)},
-        "cu_seqlens": bounds(0, 6),
-        "reverse=True": {"reverse": True},
-        "discretization='euler'": {"discretization": "euler"},
-    }
     return [
         case("rank of u", ValueError, r"`u` of rank 4, \[B, T, H, P\], got shape \(2, 6, 4\)", u=u[..., 0]),
         case("heads before time", ValueError, r"`A` \[H, N\] with H = 6", u=u.transpose(1, 2)),
@@ -246,10 +248,7 @@ def errors() -> list[ErrorCase]:
         case("bounds that fall", ValueError, "never decreases", **bounds(0, 4, 2, 6)),
         case("bounds past the end", ValueError, "at most T = 6", **bounds(0, 9)),
         case("packed batch", ValueError, "batch size 1", cu_seqlens=torch.tensor([0, 6])),
-        *(
-            case(n + " on triton", NotImplementedError, needs + n, impl="triton", **x)
-            for n, x in lacking.items()
-        ),
+        case("accuracy", ValueError, "`accuracy` to be one of", accuracy="exact"),
         bad_step("a step with a time axis", r"selective_scan_step: expected `u` of rank 3", u=u),
         bad_step(
             "a gradient in place",
@@ -272,17 +271,13 @@ def opcheck(case: Case, impl: str) -> list[tuple]:
     for i in (0, 1, 5, 6, 7):
         inputs[i] = None if inputs[i] is None else inputs[i].requires_grad_()
     softplus, reverse, method = (case.options.get(n, False) for n in OPTIONS)
-    options = (softplus, reverse, method == "euler")
+    options = (softplus, reverse, method == "euler", case.options.get("accuracy") != "fast")
     detached = [None if x is None else x.detach() for x in inputs]
     y, final_state, *residuals = selective_scan_fwd(*detached, *options, True, impl)
+    residuals.append(final_state)
     backward = (torch.ones_like(y), torch.ones_like(final_state), residuals, *detached, *options, impl)
     forward = [(selective_scan_fwd, (*inputs, *options, save, impl)) for save in (True, False)]
     return [*forward, (selective_scan_bwd, backward)]
-
-
-def on_triton(case: Case) -> bool:
-    plain = "cu_seqlens" not in case.tensors and not case.options.get("reverse")
-    return plain and case.options.get("discretization", "zoh") == "zoh"
 
 
 STATIC = OpSpec(
@@ -293,7 +288,6 @@ STATIC = OpSpec(
     hand=hand,
     errors=errors,
     opcheck=opcheck,
-    on_triton=on_triton,
     time_inputs=("u", "dt", "z"),
     state=("initial_state", "final_state"),
     step=step,
@@ -305,13 +299,12 @@ STATIC = OpSpec(
 
 
 def variant(name: str, cases, random_case) -> OpSpec:
-    """The same op with B and C along time, on the path that has it."""
+    """The same op with B and C along time."""
     return replace(
         STATIC,
         name=name,
         cases=cases,
         errors=list,
-        paths=("torch",),
         time_inputs=("u", "dt", "z", "B", "C"),
         random_case=random_case,
     )

@@ -1,0 +1,155 @@
+"""Forward with a step size per head: one chunk after another, each as matrix products."""
+
+import triton
+import triton.language as tl
+
+from ..._core.chunk_rows import span
+from ..._core.tl_math import narrow
+from .heads_common import (
+    STIFF,
+    across,
+    decays,
+    load_planes,
+    operands,
+    parts,
+    poles,
+    product,
+    real_times,
+    row_of,
+    rows_of_weights,
+    slowest,
+    split,
+    state_offsets,
+    step_sizes,
+    store_planes,
+    times,
+    turned,
+)
+
+
+@triton.jit
+def mixing_by_token(G_r, G_i, K_r, K_i, since, faster, steps, C: tl.constexpr, REAL: tl.constexpr):
+    """The matrix of a chunk without a factor that grows: a column at a time."""
+    o_c = tl.arange(0, C)
+    M = tl.zeros([C, C], tl.float32)
+    for s in tl.range(0, steps, disable_licm=True):
+        ago = tl.sum(tl.where(o_c[None, :] == s, since, 0.0), 1)
+        decay = tl.exp2(ago[:, None] * faster[None, :])
+        column = tl.sum(
+            decay * real_times(G_r, G_i, row_of(K_r, o_c, s)[None, :], row_of(K_i, o_c, s)[None, :], REAL), 1
+        )
+        M = tl.where(o_c[None, :] == s, column[:, None], M)
+    return M
+
+
+@triton.jit(do_not_specialize=["T"])
+def heads_forward_kernel(
+    p_u, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_first, p_bounds,
+    p_y, p_final, p_states,
+    T, u_b, u_t, u_h, dt_b, dt_t, dt_h, z_b, z_t, z_h, B_b, B_t, B_g, C_b, C_t, C_g,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+    B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, REAL: tl.constexpr, EULER: tl.constexpr,
+    SKIP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    FIRST: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """y, the final state, and the state before every chunk of C tokens. Grid (sequences * H * blocks of P).
+
+    B_HEADS and C_HEADS are the heads of a group, 0 where B or C is static; SKIP the channels of D, or 0.
+    """
+    NP: tl.constexpr = (P + BP - 1) // BP
+    i_p, i_h = tl.program_id(0) % NP, (tl.program_id(0) // NP % H).to(tl.int64)
+    i_s = (tl.program_id(0) // (NP * H)).to(tl.int64)
+    start, length, row = span(p_bounds, i_s, T, C, PACKED)
+    i_b, first = (i_s * 0, start) if PACKED else (i_s, i_s * 0)
+    PLANES: tl.constexpr = 1 if REAL else 2
+    ONE: tl.constexpr = 3 if WIDE else 1  # parts of operands
+    TWO: tl.constexpr = 3 if WIDE else 2  # and of those of the state
+    o_c, o_n, o_p = tl.arange(0, C), tl.arange(0, BN), i_p * BP + tl.arange(0, BP)
+    m_p, m_state = (o_p < P)[None, :], (o_n < N)[:, None] & (o_p < P)[None, :]
+    p_u += i_b * u_b + i_h * u_h
+    p_dt += i_b * dt_b + i_h * dt_h
+    p_z += i_b * z_b + i_h * z_h
+    p_y += (start - first) * (H * P)
+    if B_HEADS > 0:
+        p_B += i_b * B_b + i_h // max(B_HEADS, 1) * B_g
+    if C_HEADS > 0:
+        p_C += i_b * C_b + i_h // max(C_HEADS, 1) * C_g
+
+    slow, apart = slowest(p_A, i_h, N, BN, REAL)
+    A_r, A_i, faster, turns, inverse = poles(p_A, i_h, slow, o_n, N, REAL)
+    bias = tl.load(p_bias + i_h).to(tl.float32) if BIAS else 0.0
+    o_state = state_offsets(i_s * H + i_h, o_n, o_p, P, N, REAL)
+    h_r, h_i = tl.zeros([BN, BP], tl.float32), tl.zeros([BN, BP], tl.float32)
+    if FIRST:
+        h_r, h_i = load_planes(p_first, o_state, m_state, 1, REAL)
+
+    for i_c in tl.range(0, tl.cdiv(length, C), disable_licm=True):
+        t = i_c * C + o_c
+        m_t = t < length
+        o_t = first + ((length - 1 - t) if REVERSE else t)
+        dt = step_sizes(p_dt, o_t * dt_t, m_t, bias, SOFTPLUS)
+        u = tl.load(p_u + o_t[:, None] * u_t + o_p[None, :], mask=m_t[:, None] & m_p, other=0.0)
+        if SAVE:
+            o_row = (((row + i_c) * H + i_h) * (PLANES * N) + o_n[:, None]) * P + o_p[None, :]
+            STATE: tl.constexpr = p_states.dtype.element_ty
+            store_planes(p_states, o_row, narrow(h_r, STATE), narrow(h_i, STATE), m_state, N * P, REAL)
+
+        time = tl.cumsum(dt.to(tl.float64), 0)
+        whole = tl.sum(dt.to(tl.float64), 0)
+        S, end = time.to(tl.float32), whole.to(tl.float32)
+        S_high, S_low = parts(time)
+        end_high, end_low = parts(whole)
+        C_r, C_i = rows_of_weights(p_C, o_t, o_n, i_h, C_t, m_t, N, REAL, C_HEADS > 0)
+        B_r, B_i = rows_of_weights(p_B, o_t, o_n, i_h, B_t, m_t, N, REAL, B_HEADS > 0)
+        G_r, G_i, K_r, K_i, own = operands(
+            dt, S_high, S_low, A_r, A_i, turns, inverse, B_r, B_i, C_r, C_i, REAL, EULER
+        )
+        sin_end, cos_end = turned(end_high, end_low, turns[0], turns[1], REAL)
+        since = tl.maximum((time[:, None] - time[None, :]).to(tl.float32), 0.0)
+        if apart > 0.0:
+            fall, rise = decays(S_high[:, None], S_low[:, None], faster[0][None, :], faster[1][None, :])
+            G_r, G_i, K_r, K_i = G_r * fall, G_i * fall, K_r * rise, K_i * rise
+            kept, _ = decays(end_high, end_low, faster[0], faster[1])
+        else:
+            kept = tl.full([BN], 1.0, tl.float32)
+        driven = kept
+        L_r, L_i, R_r, R_i = split(G_r, ONE), split(G_i, ONE), split(K_r, TWO), split(K_i, TWO)
+        M = product(L_r, across(R_r, ONE), ONE, ONE)
+        if not REAL:
+            M += product(L_i, across(R_i, ONE), ONE, ONE)
+        if apart * end > STIFF:
+            G_r, G_i, K_r, K_i, _ = operands(
+                dt, S_high, S_low, A_r, A_i, turns, inverse, B_r, B_i, C_r, C_i, REAL, EULER
+            )
+            exact = mixing_by_token(
+                G_r, G_i, K_r, K_i, since, faster[0] + faster[1], tl.minimum(length - i_c * C, C), C, REAL
+            )
+            M = tl.where((apart * S > STIFF)[:, None], exact, M)
+            to_end = tl.exp2((whole - time).to(tl.float32)[:, None] * (faster[0] + faster[1])[None, :])
+            R_r, R_i = split(K_r * to_end, TWO), split(K_i * to_end, TWO)
+            driven = tl.full([BN], 1.0, tl.float32)
+        M = tl.where(o_c[:, None] > o_c[None, :], M * tl.exp2(slow * since), 0.0)
+        M = tl.where(o_c[:, None] == o_c[None, :], own[:, None], M)
+        y = product(L_r, split(h_r, ONE), ONE, ONE)
+        if not REAL:
+            y += product(L_i, split(h_i, ONE), ONE, ONE)
+        y = y * tl.exp2(slow * S)[:, None] + product(split(M, ONE), split(u, ONE), ONE, ONE)
+        wide = u.to(tl.float32)
+        if SKIP > 0:
+            o_D = i_h * P + o_p if SKIP > 1 else i_h + 0 * o_p
+            y += tl.load(p_D + o_D, mask=o_p < P, other=0.0).to(tl.float32)[None, :] * wide
+        if GATED:
+            o_z = o_t[:, None] * z_t + o_p[None, :]
+            z = tl.load(p_z + o_z, mask=m_t[:, None] & m_p, other=0.0).to(tl.float32)
+            y *= z / (1.0 + tl.exp(-z))
+        o_y = (o_t[:, None] * H + i_h) * P + o_p[None, :]
+        tl.store(p_y + o_y, narrow(y, p_y.dtype.element_ty), mask=m_t[:, None] & m_p)
+
+        v = split(wide * tl.exp2(slow * (whole - time).to(tl.float32))[:, None], TWO)
+        kept = (kept * tl.exp2(slow * end))[:, None]
+        h_r = kept * h_r + product(across(R_r, TWO), v, TWO, TWO) * driven[:, None]
+        if not REAL:
+            h_i = kept * h_i + product(across(R_i, TWO), v, TWO, TWO) * driven[:, None]
+            h_r, h_i = times(h_r, h_i, cos_end[:, None], sin_end[:, None], REAL)
+    store_planes(p_final, o_state, h_r, h_i, m_state, 1, REAL)

@@ -1,0 +1,235 @@
+"""The per-head kernels of the selective scan, called through their launchers."""
+
+import pytest
+import torch
+
+from prism_kernels.selective_scan.reference import scan_reference
+from prism_kernels.testing.budgets import LIMIT, errors
+from prism_kernels.testing.inputs import Draw
+
+pytest.importorskip("triton")
+
+NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+OPTIONS = {"dt_softplus": False, "reverse": False, "euler": False}
+
+
+def pairs(x):
+    return torch.view_as_real(x.resolve_conj()) if x is not None and x.is_complex() else x
+
+
+def draw(
+    dtype=torch.float32,
+    T=18,
+    H=1,
+    P=8,
+    N=5,
+    *,
+    tied=False,
+    real=False,
+    rates=(0.2, 1.5),
+    turns=4.0,
+    steps=(1e-2, 0.5),
+    weights="head",
+    bare=False,
+    bounds=None,
+    seed=1,
+):
+    """Tensors of a call by name, complex ones as such."""
+    d = Draw(seed, dtype)
+    batch, S = (1, 1 if bounds is None else len(bounds) - 1)
+    number = d.wide_normal if real else d.complex_normal
+    shape = {"head": (H, N), "token": (batch, T, 1, N)}[weights]
+    rate = -d.gate(H, 1 if tied else N, low=rates[0], high=rates[1]).expand(H, N).contiguous()
+    A = rate if real else torch.complex(rate, turns * d.wide_normal(H, N))
+    tensors = {
+        "u": d.normal(batch, T, H, P),
+        "dt": d.log_uniform(batch, T, H, low=steps[0], high=steps[1]),
+        "A": A,
+        "B": number(*shape),
+        "C": number(*shape),
+        "D": d.wide_normal(H, P),
+        "z": d.normal(batch, T, H, P),
+        "dt_bias": d.gate(H, low=0.05, high=0.1),
+        "initial_state": number(S, H, P, N),
+    }
+    if bare:
+        tensors |= dict.fromkeys(("D", "z", "dt_bias", "initial_state"))
+    return tensors | {"cu_seqlens": None if bounds is None else torch.tensor(bounds)}
+
+
+def launcher():
+    from prism_kernels.selective_scan import launch_heads
+
+    return launch_heads
+
+
+def forward(tensors, **options):
+    """y, the final state, the residuals, and the arguments of the launcher."""
+    arguments = [pairs(tensors[n]) for n in (*NAMES, "cu_seqlens")] + list((OPTIONS | options).values())
+    assert launcher().supports(*(arguments[i] for i in (0, 2, 3, 4)))
+    return *launcher().forward(*arguments, True, True), arguments
+
+
+def forward_backward(tensors, dy, dfinal, **options):
+    """Outputs and gradients by name."""
+    y, final, residuals, arguments = forward(tensors, **options)
+    assert [(tuple(r.shape), r.dtype) for r in residuals] == launcher().residuals(
+        arguments[0], arguments[2], arguments[9]
+    )
+    grads = launcher().backward(dy, dfinal, residuals, *arguments)
+    given = {"d" + n: g for n, g in zip(NAMES, grads, strict=True) if tensors[n] is not None}
+    return {"y": y, "final_state": final} | given
+
+
+def by_definition(tensors, dy, dfinal, product_dtype=None, **options):
+    """The same from the reference, through autograd."""
+    options = OPTIONS | options
+    inputs = {n: None if tensors[n] is None else tensors[n].detach().requires_grad_() for n in NAMES}
+    y, final = scan_reference(
+        **inputs,
+        cu_seqlens=tensors["cu_seqlens"],
+        dt_softplus=options["dt_softplus"],
+        reverse=options["reverse"],
+        discretization="euler" if options["euler"] else "zoh",
+        product_dtype=product_dtype,
+    )
+    loss = (y * dy.to(y.dtype)).sum() + (pairs(final) * dfinal.to(pairs(final).dtype)).sum()
+    given = {n: x for n, x in inputs.items() if x is not None}
+    grads = torch.autograd.grad(loss, list(given.values()), allow_unused=True, materialize_grads=True)
+    named = {"d" + n: pairs(g) for n, g in zip(given, grads, strict=True)}
+    return {"y": y.detach(), "final_state": pairs(final.detach())} | named
+
+
+def wide(x):
+    if x is None or not (x.is_floating_point() or x.is_complex()):
+        return x
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
+def cotangents(tensors):
+    d = Draw(7, tensors["u"].dtype)
+    S = 1 if tensors["cu_seqlens"] is None else len(tensors["cu_seqlens"]) - 1
+    A = pairs(tensors["A"])
+    return d.normal(*tensors["u"].shape), d.wide_normal(S, *tensors["u"].shape[2:], *A.shape[1:])
+
+
+def case(reverse=False, euler=False, dt_softplus=False, **drawn):
+    return drawn, {"reverse": reverse, "euler": euler, "dt_softplus": dt_softplus}
+
+
+CASES = {
+    "one real part in the head": case(tied=True),
+    "real parts of their own": case(dt_softplus=True),
+    "per token, two blocks of channels": case(weights="token", P=35, N=18, T=3),
+    "backward in time": case(T=17, reverse=True),
+    "packed, with an empty sequence": case(bounds=[0, 0, 3, 20], T=22),
+    "poles decay far apart": case(steps=(10.0, 30.0), rates=(0.1, 8.0), T=6),
+    "poles decay far apart by turns": case(steps=(1e-4, 30.0), rates=(0.1, 8.0), seed=3),
+    "one fast decay": case(tied=True, steps=(10.0, 30.0), rates=(8.0, 8.0), bare=True, T=6),
+    "tiny steps": case(steps=(1e-5, 1e-5), bare=True),
+    "fast turns": case(turns=100.0, bare=True),
+    "undamped": case(rates=(0.0, 0.0), T=9),
+    "poles beside zero": case(rates=(0.0, 1e-7), turns=1e-7, T=9),
+    "real": case(real=True),
+    "one real pole, Euler, per token": case(real=True, tied=True, weights="token", euler=True),
+    "Euler": case(euler=True, T=9),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_errors_are_at_most_twice_those_of_plain_pytorch(name, dtype):
+    """A gradient that is a sum over all tokens is allowed some roundings more: plain PyTorch may be lucky."""
+    drawn, options = CASES[name]
+    tensors = draw(dtype, **drawn)
+    dy, dfinal = cotangents(tensors)
+    got = forward_backward(tensors, dy, dfinal, **options)
+    oracle = by_definition({n: wide(x) for n, x in tensors.items()}, dy, dfinal, **options)
+    low = dtype if dtype == torch.bfloat16 else None
+    plain = by_definition(tensors, dy, dfinal, low, **options)
+    for key, x in got.items():
+        e, p = errors(x, oracle[key]), errors(plain[key], oracle[key])
+        slack = torch.finfo(x.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps * (key != "y")
+        if key == "ddt_bias" and low:
+            slack += torch.finfo(low).eps / 2
+        ratios = [a / (b + slack) for a, b in zip(e.relative, p.relative, strict=True)]
+        assert max(ratios) <= LIMIT, (key, ratios, e.relative, p.relative)
+
+
+@pytest.mark.parametrize("steps", [(1e-2, 0.5), (1e-3, 30.0)], ids=["mild", "stiff"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_causal_bit_for_bit(dtype, steps):
+    tensors = draw(dtype, rates=(0.1, 8.0), steps=steps, weights="token")
+    later = dict(tensors)
+    for name in ("u", "dt", "z", "B", "C"):
+        later[name] = tensors[name].clone()
+        later[name][:, 9:] = 3 * later[name][:, 9:].roll(1, 1) + 1
+    a, b = forward(tensors)[0], forward(later)[0]
+    assert torch.equal(a[:, :9], b[:, :9])
+    assert not torch.equal(a[:, 9:], b[:, 9:])
+
+
+def test_a_step_of_any_size_gives_finite_numbers():
+    tensors = draw(rates=(0.0, 1e4), steps=(1e-6, 1e6), T=17)
+    dy, dfinal = cotangents(tensors)
+    assert all(x.isfinite().all() for x in forward_backward(tensors, dy, dfinal).values())
+
+
+def test_the_same_bits_twice():
+    tensors = draw(torch.bfloat16, rates=(0.1, 8.0))
+    dy, dfinal = cotangents(tensors)
+    first, second = (forward_backward(tensors, dy, dfinal) for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_padding_reaches_nothing():
+    tensors = draw(bounds=[0, 5, 5, 9], T=12, weights="token")
+    dy, dfinal = cotangents(tensors)
+    poisoned = dict(tensors)
+    for name in ("u", "dt", "z", "B", "C"):
+        poisoned[name] = tensors[name].clone()
+        poisoned[name][:, 9:] = float("nan")
+    noise = dy.clone()
+    noise[:, 9:] = float("nan")
+    clean, dirty = forward_backward(tensors, dy, dfinal), forward_backward(poisoned, noise, dfinal)
+    for key, x in clean.items():
+        assert torch.equal(x, dirty[key]), key
+        if key in ("y", "du", "ddt", "dz", "dB", "dC"):
+            assert not x[:, 9:].any(), key
+    assert torch.equal(clean["final_state"][1], pairs(tensors["initial_state"])[1])
+
+
+def test_split_is_whole():
+    tensors = draw(torch.float32, T=21)
+    whole, final, *_ = forward(tensors)
+    parts = []
+    state = tensors["initial_state"]
+    for time in (slice(0, 16), slice(16, 21)):
+        part = tensors | {n: tensors[n][:, time] for n in ("u", "dt", "z")} | {"initial_state": state}
+        y, last, *_ = forward(part)
+        parts.append(y)
+        state = torch.view_as_complex(last)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(last, final, rtol=2e-6, atol=2e-6)
+
+
+def test_strides_change_nothing():
+    tensors = draw(weights="token", P=8)
+    strided = dict(tensors)
+    for name in ("u", "dt", "z", "B", "C"):
+        x = tensors[name]
+        strided[name] = torch.stack([x, x], 1)[:, 0] if name != "u" else torch.cat([x, x], -1)[..., :8]
+    assert torch.equal(forward(tensors)[0], forward(strided)[0])
+
+
+def test_what_is_left_to_the_channel_kernels():
+    supports, A = launcher().supports, torch.zeros(2, 4, 2)
+    u, B = torch.zeros(1, 3, 2, 8), torch.zeros(2, 4, 2)
+    assert supports(u, A, B, B)
+    assert not supports(u[..., :4], A, B, B)
+    assert not supports(u.double(), A, B, B)
+    assert not supports(u, A, B, torch.zeros(2, 8, 4, 2))
+    for dtype, widest in ((torch.float32, 64), (torch.bfloat16, 128)):
+        for N in (widest, widest + 1):
+            A = torch.zeros(2, N, 2)
+            assert supports(u.to(dtype), A, A, A) == (widest == N)
