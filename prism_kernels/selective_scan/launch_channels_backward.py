@@ -105,7 +105,8 @@ def backward(
     launch(
         scan_backward,
         (sequences * G * tile.blocks,),
-        *(dy.contiguous(), u, dt, A, B, C, D if D is None else per_channel(D, P), z, dt_bias, cu_seqlens),
+        *(dy.contiguous(), u, dt, A, B, C, D if D is None else per_channel(D, P), z),
+        *(None if dt_bias is None else dt_bias.contiguous(), cu_seqlens),
         *(states, last, None if dfinal is None else dfinal.contiguous()),
         *(du, ddt, dz, dA, dB, dC, dD, dbias, dh0, scratch),
         *(
