@@ -9,7 +9,7 @@ import triton.language as tl
 from prism_kernels import selective_scan, selective_scan_step
 from prism_kernels._core.runtime import interpreting
 from prism_kernels.selective_scan import dual, launch_channels, torch_impl
-from prism_kernels.selective_scan.kernels import channels, exponential
+from prism_kernels.selective_scan.kernels import exponential, streams
 from prism_kernels.selective_scan.reference import phi1
 from prism_kernels.testing.inputs import Draw
 
@@ -310,18 +310,19 @@ def evaluate(x_ptr, y_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + SIZE + i, rise)
     tl.store(out_ptr + 2 * SIZE + i, sin * cos)
     tl.store(out_ptr + 3 * SIZE + i, sin * sin)
-    tl.store(out_ptr + 4 * SIZE + i, channels.softplus(tl.load(y_ptr + i) - 50.0, exponential.ACCURATE))
+    tl.store(
+        out_ptr + 4 * SIZE + i, streams.step_size(tl.load(y_ptr + i) - 50.0, True, exponential.ACCURATE)[0]
+    )
 
 
 @triton.jit
 def rise_of(dt_ptr, A_r_ptr, A_i_ptr, out_ptr, SIZE: tl.constexpr, FAST: tl.constexpr):
     i = tl.arange(0, SIZE)
     dt, A_r, A_i = tl.load(dt_ptr + i), tl.load(A_r_ptr + i), tl.load(A_i_ptr + i)
-    rate, frequency = exponential.rates(A_r, A_i, FAST)
-    E_r, E_i = exponential.decay_rise(dt, rate, frequency, FAST)
-    tl.store(out_ptr + i, E_r)
-    tl.store(out_ptr + SIZE + i, E_i)
-    tl.store(out_ptr + 2 * SIZE + i, exponential.real_rise(dt, A_r, FAST))
+    E = exponential.decay_rise(dt, exponential.rates((A_r, A_i), FAST), FAST)
+    tl.store(out_ptr + i, E[0])
+    tl.store(out_ptr + SIZE + i, E[1])
+    tl.store(out_ptr + 2 * SIZE + i, exponential.decay_rise(dt, (A_r,), FAST)[0])
 
 
 def test_device_functions_round_as_well_as_pytorch():

@@ -9,16 +9,17 @@ backward".
 import triton
 import triton.language as tl
 
-from ..._core.tl_math import exp2_approx, opaque
+from ..._core.tl_math import opaque
+from .channels import rows_of
 from .exponential import (
     MUFU,
     TURN,
-    growth,
-    half_turned,
-    inverse,
-    off_zero,
+    decay,
+    decay_and_inverse,
+    pole,
     rates,
-    turned,
+    reciprocal,
+    weight_slope,
 )
 from .numbers import (
     load_number,
@@ -35,93 +36,30 @@ from .numbers import (
     zero_like,
     zeros,
 )
-from .streams import finish, prepare, unit_exp
+from .streams import finish, prepare
 
 WINDOW: tl.constexpr = tl.constexpr(8)  # tokens whose states are stored at a time
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def decay_and_inverse(dt, A, FAST: tl.constexpr):
-    """exp(dt A) and its inverse, of `rates` of A; the caller bounds |dt Re A|."""
-    sin, cos = turned(dt, A[1], FAST)
-    x = dt * A[0]
-    gain = exp2_approx(x, FAST == MUFU)
-    loss = exp2_approx(-x, FAST == MUFU)
-    return (gain * cos, gain * sin), (loss * cos, -(loss * sin))
-
-
-@triton.jit
-def discretised(dt, A, inv, FAST: tl.constexpr, EULER: tl.constexpr):
+def discretised(dt, A, inv, EULER: tl.constexpr):
     """a = exp(dt A), E = a - 1 and the weight w = E / A of a step, each to rounding. Euler: E = w = dt."""
-    if len(A) == 1:
-        if EULER:
-            a = (unit_exp(dt * A[0], FAST),)
-            w = (dt + tl.zeros_like(A[0]),)
-            return a, w, w
-        else:
-            gain, rise = growth(dt * A[0])
-            return (gain,), (rise,), (rise * inv[0],)
-    else:
-        gain, rise = growth(dt * A[0])
-        sin, cos = half_turned((0.5 * dt) * A[1])
-        twice = (gain + gain) * sin
-        a = gain - sin * twice, twice * cos
-        if EULER:
-            w = dt + tl.zeros_like(A[0]), tl.zeros_like(A[0])
-            return a, w, w
-        else:
-            E = rise - sin * twice, a[1]
-            return a, E, product(E, inv)
-
-
-@triton.jit
-def weight_slope(dt, A, inv, a, w):
-    """chi = dw / dA = (dt a - w) / A, by its series dt^2 sum_k (k+1)/(k+2)! (dt A)^k near 0."""
-    TERMS: tl.constexpr = 12 if dt.dtype == tl.float64 else 6
-    size = tl.abs(A[0])
-    if len(A) == 2:
-        size = tl.maximum(size, tl.abs(A[1]))
-    near = dt * size < 0.25
-    z = scaled(A, tl.where(near, dt, 0.0))
-    far = product(minus(scaled(a, dt), w), inv)
-    series = zero_like(z)
-    for k in tl.static_range(TERMS, 0, -1):
+    a, E = decay(dt, A)
+    if EULER:
+        w = zero_like(A)
         if len(A) == 1:
-            series = ((1.0 + series[0]) * z[0] * ((k + 1.0) / (k * (k + 2.0))),)
+            w = (dt + w[0],)
         else:
-            series = scaled(product((1.0 + series[0], series[1]), z), (k + 1.0) / (k * (k + 2.0)))
-    scale = 0.5 * dt * dt
-    if len(A) == 1:
-        return (tl.where(near, scale + scale * series[0], far[0]),)
+            w = dt + w[0], w[1]
+        return a, w, w
     else:
-        return (
-            tl.where(near, scale + scale * series[0], far[0]),
-            tl.where(near, scale * series[1], far[1]),
-        )
+        return a, E, product(E, inv)
 
 
 @triton.jit
-def pole(A):
-    """A, off zero."""
-    if len(A) == 1:
-        return (off_zero(A[0], tl.zeros_like(A[0]))[0],)
-    else:
-        return off_zero(A[0], A[1])
-
-
-@triton.jit
-def reciprocal(A):
-    """1 / A to rounding."""
-    if len(A) == 1:
-        return (inverse(A[0], tl.zeros_like(A[0]))[0],)
-    else:
-        return inverse(A[0], A[1])
-
-
-@triton.jit
-def advance(
-    h, A, inv, B, p_B, B_stride, kept, p_rows, count, mask, SAVE: tl.constexpr, FAST: tl.constexpr,
+def rerun(
+    h, A, inv, B, p_B, B_stride, kept, p_rows, count, mask, SAVE: tl.constexpr,
     EULER: tl.constexpr, TOKEN_B: tl.constexpr, BLOCK_C: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Run `count` tokens forward from state h; with SAVE, the state before each goes to scratch."""
@@ -133,7 +71,7 @@ def advance(
         dt = tl.load(k_dt + j * BLOCK_C)[None, :]
         if TOKEN_B:
             B = load_number(p_B + j * B_stride, mask, A[0].dtype, len(A) == 1)
-        a, _, w = discretised(dt, A, inv, FAST, EULER)
+        a, _, w = discretised(dt, A, inv, EULER)
         h = plus(product(a, h), scaled(product(w, B), u))
     return h
 
@@ -182,21 +120,21 @@ def walk(
             for i in range(windows):
                 j = i * WINDOW
                 store_number(p_row + (WINDOW + i) * ROW, h, mask)
-                h = advance(
+                h = rerun(
                     h, A, inv, B, p_B + o_state + j * B_stride, B_stride,
                     (k_u + j * BLOCK_C, k_dt + j * BLOCK_C),
-                    p_row, tl.minimum(WINDOW, tokens - j), mask, False, FAST, EULER, TOKEN_B, BLOCK_C, ROW,
+                    p_row, tl.minimum(WINDOW, tokens - j), mask, False, EULER, TOKEN_B, BLOCK_C, ROW,
                 )  # fmt: skip
         for i_back in range(windows):
             i = windows - 1 - i_back
             first = i * WINDOW
             count = tl.minimum(WINDOW, tokens - first)
             if stored:
-                h = advance(
+                h = rerun(
                     load_number(p_row + (WINDOW + i) * ROW, mask, ACC, REAL), A, inv, B,
                     p_B + o_state + first * B_stride, B_stride,
                     (k_u + first * BLOCK_C, k_dt + first * BLOCK_C),
-                    p_row, count, mask, True, FAST, EULER, TOKEN_B, BLOCK_C, ROW,
+                    p_row, count, mask, True, EULER, TOKEN_B, BLOCK_C, ROW,
                 )  # fmt: skip
             for j_back in range(count):
                 i_row = count - 1 - j_back
@@ -208,7 +146,7 @@ def walk(
                     B = load_number(p_B + o_state + j * B_stride, mask, ACC, REAL)
                 if TOKEN_C:
                     C = load_number(p_C + o_state + j * C_stride, mask, ACC, REAL)
-                a, E, w = discretised(dt, A, inv, FAST, EULER)
+                a, E, w = discretised(dt, A, inv, EULER)
                 wB = product(w, B)
                 x = scaled(wB, u[None, :])
                 # the state before, and what is left of it; a branch would keep all of this in registers
@@ -249,17 +187,6 @@ def walk(
         store_number(p_number + TILE, dA, mask)
         store_number(p_number + 2 * TILE, dB, mask)
         store_number(p_number + 3 * TILE, dC, mask)
-
-
-@triton.jit
-def span(p_bounds, i_s, T, SEGMENT: tl.constexpr, PACKED: tl.constexpr):
-    """Batch row of a sequence, its first token there, how many it has, and its first row of stored states."""
-    if PACKED:
-        start = tl.load(p_bounds + i_s).to(tl.int64)
-        length = (tl.load(p_bounds + i_s + 1) - start).to(tl.int32)
-        return i_s * 0, start, length, start // SEGMENT + i_s
-    else:
-        return i_s, i_s * 0, T, i_s * tl.cdiv(T, SEGMENT)
 
 
 @triton.jit
@@ -312,7 +239,7 @@ def scan_backward(
     i_s = (tl.program_id(0) // (G * BLOCKS)).to(tl.int64)
     i_g = tl.program_id(0) // BLOCKS % G
     i_c = tl.program_id(0) % BLOCKS
-    i_b, start, length, row = span(bounds_ptr, i_s, T, SEGMENT, bounds_ptr is not None)
+    i_b, start, length, row = rows_of(bounds_ptr, i_s, T, SEGMENT, bounds_ptr is not None)
     origin = start + length - 1 if REVERSE else start
     o_n = tl.arange(0, BLOCK_N)[:, None]
     o_tile = (o_n * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]) * PLANES
@@ -396,7 +323,7 @@ def scan_backward(
                 h = load_number(p_end + o_n * PLANES, mask, ACC, REAL)
                 B = load_number(p_B + o_n * PLANES, mask, ACC, REAL)
                 C = load_number(p_C + o_n * PLANES, mask, ACC, REAL)
-                rate = rates(A[0], A[1], FAST)
+                rate = rates(A, FAST)
                 shift = over(B, A)  # v = h + shift u
                 skip = D * (1 / KAPPA) - real_dot(shift, C, 0)
                 dA, dB, dC = sums

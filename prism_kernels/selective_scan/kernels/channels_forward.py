@@ -8,28 +8,15 @@ import triton
 import triton.language as tl
 
 from ..._core.tl_math import narrow
-from .channels import (
-    advance,
-    load_pair,
-    load_tokens,
-    read,
-    read_out_factor,
-    scaled,
-    silu,
-    span,
-    step_size,
-    store_pair,
-    unscaled,
-    weighed,
-    weights_at,
-)
-from .exponential import ACCURATE, LEAST_POLE, decay_of_span, fast_is_right, off_zero, rates, times
+from .channels import advance, load_tokens, rows_of
+from .exponential import ACCURATE, decay_of_span, fast_is_right, pole, rates, reciprocal
+from .numbers import conj, load_number, over, plus_product, product, real_sum, scaled, store_number, zeros
+from .streams import gate, step_size
 
 
 @triton.jit
 def walk(
-    c_r, c_i, A_r, A_i, B_r, B_i, W_r, W_i, skip, bias, mask, m_c, m_B, m_C,
-    p_u, p_dt, p_B, p_C, p_z, p_y, p_states, length,
+    c, A, B, W, skip, bias, mask, m_c, m_B, m_C, p_u, p_dt, p_B, p_C, p_z, p_y, p_states, length,
     U_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr, C_STRIDE: tl.constexpr,
     Z_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, STATE_STRIDE: tl.constexpr, SEGMENT: tl.constexpr,
     UNROLL: tl.constexpr, REAL: tl.constexpr, EULER: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -40,17 +27,13 @@ def walk(
     None stands for what a call lacks: skip, bias, p_z, p_states; p_B and p_C are None for static weights, and
     p_y where only the last state is asked for. Then the sum of the step sizes comes back too.
     """
-    if REAL:
-        rate, frequency = A_r, A_i
-    else:
-        rate, frequency = rates(A_r, A_i, FAST)
-    total = tl.zeros(m_c.shape, tl.float64)
+    rate = rates(A, FAST)
+    time = tl.zeros(m_c.shape, tl.float64)
     us = load_tokens(p_u, U_STRIDE, 0, length, m_c, UNROLL)
     dts = load_tokens(p_dt, DT_STRIDE, 0, length, m_c, UNROLL)
     for s in range(tl.cdiv(length, SEGMENT)):
         if p_states is not None:
-            h_r, h_i = unscaled(c_r, c_i, A_r, A_i, REAL, EULER)
-            store_pair(p_states, h_r, h_i, mask, REAL)
+            store_number(p_states, c if EULER else over(c, A), mask)
             p_states += STATE_STRIDE
         for t in range(s * SEGMENT, tl.minimum((s + 1) * SEGMENT, length), UNROLL):
             u_next = load_tokens(p_u + UNROLL * U_STRIDE, U_STRIDE, t + UNROLL, length, m_c, UNROLL)
@@ -58,25 +41,31 @@ def walk(
             for i in tl.static_range(UNROLL):
                 here = m_c & (t + i < length)
                 u = us[i].to(WIDE)
-                dt = step_size(dts[i].to(WIDE), here, bias, SOFTPLUS, FAST)
+                dt = dts[i].to(WIDE)
+                if bias is not None:
+                    dt += bias
+                if SOFTPLUS:
+                    dt, _ = step_size(dt, SOFTPLUS, FAST)
+                if SOFTPLUS or bias is not None:
+                    dt = tl.where(here, dt, 0.0)
                 if p_B is None:
-                    c_r, c_i = advance(c_r, c_i, u, dt, rate, frequency, B_r, B_i, REAL, EULER, FAST)
+                    c = advance(c, u, dt, rate, B, EULER, FAST)
                 else:
-                    b_r, b_i = load_pair(p_B + i * B_STRIDE, m_B & (t + i < length), REAL, WIDE)
-                    c_r, c_i = advance(c_r, c_i, u, dt, rate, frequency, b_r, b_i, REAL, EULER, FAST)
+                    b = load_number(p_B + i * B_STRIDE, m_B & (t + i < length), WIDE, REAL)
+                    c = advance(c, u, dt, rate, b, EULER, FAST)
                 if p_y is None:
-                    total += dt
+                    time += dt
                 else:
+                    V = W
                     if p_C is not None:
-                        C_r, C_i = load_pair(p_C + i * C_STRIDE, m_C & (t + i < length), REAL, WIDE)
-                        V_r, V_i = weighed(C_r, C_i, W_r, W_i, REAL)
-                        y = read(V_r, V_i, c_r, c_i, REAL)
-                    else:
-                        y = read(W_r, W_i, c_r, c_i, REAL)
+                        V = load_number(p_C + i * C_STRIDE, m_C & (t + i < length), WIDE, REAL)
+                        V = product(conj(V), W)
+                    y = real_sum(V, c)[None, :]
                     if skip is not None:
                         y += skip * u
                     if p_z is not None:
-                        y *= silu(tl.load(p_z + i * Z_STRIDE, mask=here, other=0.0).to(WIDE), FAST)
+                        z = tl.load(p_z + i * Z_STRIDE, mask=here, other=0.0).to(WIDE)
+                        y *= gate(z, FAST)[0]
                     tl.store(p_y + i * Y_STRIDE, narrow(y, p_y.dtype.element_ty), mask=here)
             us, dts = u_next, dt_next
             p_u += UNROLL * U_STRIDE
@@ -89,7 +78,43 @@ def walk(
                 p_z += UNROLL * Z_STRIDE
             if p_y is not None:
                 p_y += UNROLL * Y_STRIDE
-    return c_r, c_i, total
+    return c, time
+
+
+@triton.jit
+def weights_at(p, stride, i_c, o_c, o_n, mask, GROUP: tl.constexpr, N: tl.constexpr, BLOCK_C: tl.constexpr,
+               PLANES: tl.constexpr):  # fmt: skip
+    """Where B or C of these channels lie, GROUP channels to a row; a column where all share one row."""
+    if GROUP % BLOCK_C == 0:
+        return p + (i_c // GROUP).to(tl.int64) * stride + o_n * PLANES, o_n < N
+    else:
+        return p + (o_c // GROUP).to(tl.int64) * stride + o_n * PLANES, mask
+
+
+@triton.jit
+def read_out_factor(A, EULER: tl.constexpr):
+    """The factor that makes W of conj(C), with y = Re sum W c: kappa / A, or kappa under Euler's rule."""
+    if EULER:
+        one = tl.full(A[0].shape, 1.0, A[0].dtype)
+        if len(A) == 1:
+            return (one,)
+        else:
+            return 2.0 * one, 0.0 * one
+    elif len(A) == 1:
+        return reciprocal(A)
+    else:
+        return scaled(reciprocal(A), 2.0)
+
+
+@triton.jit
+def state_before(c, A, ends_ptr, totals_ptr, i_first, parts, o_c, o_state, m_c, mask, STATES: tl.constexpr,
+                 CHANNELS: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
+    """The state that a part of a sequence starts from: c, led through the parts before it."""
+    for i in range(parts):
+        time = tl.load(totals_ptr + (i_first + i) * CHANNELS + o_c, mask=m_c, other=0.0)
+        end = load_number(ends_ptr + (i_first + i) * STATES + o_state, mask, c[0].dtype, REAL)
+        c = plus_product(end, decay_of_span(time, A), c)
+    return c
 
 
 @triton.jit(do_not_specialize=["T", "SPAN"])
@@ -117,6 +142,7 @@ def scan_forward(
     """
     blocks: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     PLANES: tl.constexpr = 1 if REAL else 2
+    STATES: tl.constexpr = CHANNELS * N * PLANES
     WIDE: tl.constexpr = tl.float64 if u_ptr.dtype.element_ty == tl.float64 else tl.float32
     i_s = (tl.program_id(0) // (blocks * SPLITS)).to(tl.int64)
     i_split = tl.program_id(0) // blocks % SPLITS
@@ -129,48 +155,37 @@ def scan_forward(
     lane = o_c % P
     o_state = (o_c.to(tl.int64) * N + o_n) * PLANES
 
-    i_b, start, length, row = span(bounds_ptr, i_s, T, SEGMENT, bounds_ptr is not None)
+    i_b, start, length, row = rows_of(bounds_ptr, i_s, T, SEGMENT, bounds_ptr is not None)
     into = i_split * SPAN
     first = start + (length - 1 - into if REVERSE else into)
     sign: tl.constexpr = -1 if REVERSE else 1
     tokens = tl.maximum(tl.minimum(length - into, SPAN), 0) if SPLITS > 1 else length
 
-    A_r, A_i = load_pair(A_ptr + (head * N + o_n) * PLANES, mask, REAL, WIDE)
-    if REAL:
-        A_r = tl.where(A_r > -LEAST_POLE, -LEAST_POLE, A_r)
-    else:
-        A_r, A_i = off_zero(A_r, A_i)
-    W_r, W_i = read_out_factor(A_r, A_i, REAL, EULER)
+    A = pole(load_number(A_ptr + (head * N + o_n) * PLANES, mask, WIDE, REAL))
+    W = read_out_factor(A, EULER)
     p_B, m_B = weights_at(
         B_ptr + i_b * B_stride_b, B_stride_g, i_c, o_c, o_n, mask, B_GROUP, N, BLOCK_C, PLANES
     )
     p_C, m_C = weights_at(
         C_ptr + i_b * C_stride_b, C_stride_g, i_c, o_c, o_n, mask, C_GROUP, N, BLOCK_C, PLANES
     )
-    B_r, B_i = A_r, A_i
+    B = A
     if B_STRIDE == 0:
-        B_r, B_i = load_pair(p_B, m_B, REAL, WIDE)
+        B = load_number(p_B, m_B, WIDE, REAL)
     if C_STRIDE == 0:
-        C_r, C_i = load_pair(p_C, m_C, REAL, WIDE)
-        W_r, W_i = weighed(C_r, C_i, W_r, W_i, REAL)
+        W = product(conj(load_number(p_C, m_C, WIDE, REAL)), W)
 
-    c_r = tl.zeros(mask.shape, WIDE)
-    c_i = c_r
+    c = zeros(BLOCK_N, BLOCK_C, WIDE, REAL)
     if y_ptr is not None:
         if h0_ptr is not None:
-            c_r, c_i = load_pair(h0_ptr + i_s * (CHANNELS * N * PLANES) + o_state, mask, REAL, WIDE)
-            c_r, c_i = scaled(c_r, c_i, A_r, A_i, REAL, EULER)
+            c = load_number(h0_ptr + i_s * STATES + o_state, mask, WIDE, REAL)
+            if not EULER:
+                c = product(A, c)
         if SPLITS > 1:
-            for i in range(i_split):
-                i_part = i_s * SPLITS + i
-                total = tl.load(totals_ptr + i_part * CHANNELS + o_c, mask=m_c, other=0.0)
-                a_r, a_i = decay_of_span(total, A_r, A_i, REAL)
-                e_r, e_i = load_pair(ends_ptr + i_part * (CHANNELS * N * PLANES) + o_state, mask, REAL, WIDE)
-                if REAL:
-                    c_r = a_r * c_r + e_r
-                else:
-                    c_r, c_i = times(a_r, a_i, c_r, c_i)
-                    c_r, c_i = c_r + e_r, c_i + e_i
+            c = state_before(
+                c, A, ends_ptr, totals_ptr, i_s * SPLITS, i_split, o_c, o_state, m_c, mask, STATES, CHANNELS,
+                REAL,
+            )  # fmt: skip
 
     bias = None
     if bias_ptr is not None:
@@ -196,31 +211,29 @@ def scan_forward(
         p_y = y_ptr + (i_b * T + first) * CHANNELS + o_c
     p_states = None
     if states_ptr is not None:
-        p_states = states_ptr + (row + into // SEGMENT) * (CHANNELS * N * PLANES) + o_state
-    if fast_is_right(A_r, A_i, mask, REAL or EULER, FAST):
-        c_r, c_i, total = walk(
-            c_r, c_i, A_r, A_i, B_r, B_i, W_r, W_i, skip, bias, mask, m_c, m_B, m_C,
-            p_u, p_dt, p_B, p_C, p_z, p_y, p_states, tokens,
+        p_states = states_ptr + (row + into // SEGMENT) * STATES + o_state
+    if fast_is_right(A, mask, EULER, FAST):
+        c, time = walk(
+            c, A, B, W, skip, bias, mask, m_c, m_B, m_C, p_u, p_dt, p_B, p_C, p_z, p_y, p_states, tokens,
             sign * U_STRIDE, sign * DT_STRIDE, sign * B_STRIDE, sign * C_STRIDE, sign * Z_STRIDE,
-            sign * CHANNELS, CHANNELS * N * PLANES, SEGMENT, UNROLL, REAL, EULER, SOFTPLUS, FAST, WIDE,
+            sign * CHANNELS, STATES, SEGMENT, UNROLL, REAL, EULER, SOFTPLUS, FAST, WIDE,
         )  # fmt: skip
     else:  # rare, and short
-        c_r, c_i, total = walk(
-            c_r, c_i, A_r, A_i, B_r, B_i, W_r, W_i, skip, bias, mask, m_c, m_B, m_C,
-            p_u, p_dt, p_B, p_C, p_z, p_y, p_states, tokens,
+        c, time = walk(
+            c, A, B, W, skip, bias, mask, m_c, m_B, m_C, p_u, p_dt, p_B, p_C, p_z, p_y, p_states, tokens,
             sign * U_STRIDE, sign * DT_STRIDE, sign * B_STRIDE, sign * C_STRIDE, sign * Z_STRIDE,
-            sign * CHANNELS, CHANNELS * N * PLANES, SEGMENT, 1, REAL, EULER, SOFTPLUS, ACCURATE, WIDE,
+            sign * CHANNELS, STATES, SEGMENT, 1, REAL, EULER, SOFTPLUS, ACCURATE, WIDE,
         )  # fmt: skip
 
     if y_ptr is None:
         i_part = i_s * SPLITS + i_split
-        store_pair(hT_ptr + i_part * (CHANNELS * N * PLANES) + o_state, c_r, c_i, mask, REAL)
-        tl.store(totals_ptr + i_part * CHANNELS + o_c, total, mask=m_c)
+        store_number(hT_ptr + i_part * STATES + o_state, c, mask)
+        tl.store(totals_ptr + i_part * CHANNELS + o_c, time, mask=m_c)
     else:
         last = (tokens > 0) & (into + tokens == length) if SPLITS > 1 else tokens > 0
-        h_r, h_i = unscaled(c_r, c_i, A_r, A_i, REAL, EULER)
-        p_last = hT_ptr + i_s * (CHANNELS * N * PLANES) + o_state
-        store_pair(p_last, h_r, h_i, mask & last, REAL)
+        h = c if EULER else over(c, A)
+        p_last = hT_ptr + i_s * STATES + o_state
+        store_number(p_last, h, mask & last)
         if h0_ptr is not None:  # the state of an empty sequence keeps its bits
-            h_r, h_i = load_pair(h0_ptr + i_s * (CHANNELS * N * PLANES) + o_state, mask, REAL, WIDE)
-        store_pair(p_last, h_r, h_i, mask & (length == 0), REAL)
+            h = load_number(h0_ptr + i_s * STATES + o_state, mask, WIDE, REAL)
+        store_number(p_last, h, mask & (length == 0))

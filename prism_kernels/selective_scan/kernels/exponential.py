@@ -1,19 +1,15 @@
 """Device functions of the discretisation: E = exp(dt A) - 1, from which everything else follows.
 
-The kernels carry c = A h, with the state h normalised to B = 1, so that a step of zero-order hold is
-
-    c_t = exp(dt A) c_{t-1} + (exp(dt A) - 1) u_t = c_{t-1} + E (c_{t-1} + u_t)
-
-with no division, no weight and no case apart for A -> 0: E is all there is. Complex numbers are two planes,
-`_r` and `_i`. FAST says how E is computed: ACCURATE, to rounding relative to |dt A| by polynomials; or
-PORTABLE and MUFU, exp(dt A) from one exponential, one sine and one cosine, less 1, which is right to a few
-units of 2**-22 absolute (on NVIDIA, in three special-function instructions).
+Numbers are tuples of planes (numbers.py). FAST says how E is computed: ACCURATE, to rounding relative to
+|dt A| by polynomials; or PORTABLE and MUFU, exp(dt A) from one exponential, one sine and one cosine, less 1,
+which is right to a few units of 2**-22 absolute (on NVIDIA, in three special-function instructions).
 """
 
 import triton
 import triton.language as tl
 
 from ..._core.tl_math import cos_approx, exp2_approx, sin_approx
+from .numbers import minus, product, scaled, zero_like
 
 ACCURATE: tl.constexpr = tl.constexpr(0)
 PORTABLE: tl.constexpr = tl.constexpr(1)
@@ -26,72 +22,77 @@ LEAST_POLE: tl.constexpr = tl.constexpr(2.0**-40)  # stands for any smaller |A|:
 
 
 @triton.jit
-def times(a_r, a_i, b_r, b_i):
-    """a b."""
-    return a_r * b_r - a_i * b_i, a_r * b_i + a_i * b_r
-
-
-@triton.jit
-def times_conj(a_r, a_i, b_r, b_i):
-    """a conj(b)."""
-    return a_r * b_r + a_i * b_i, a_i * b_r - a_r * b_i
-
-
-@triton.jit
-def off_zero(A_r, A_i):
-    """A, with -LEAST_POLE in place of what is smaller: then c = A h never loses the state."""
-    vanishing = (tl.abs(A_r) < LEAST_POLE) & (tl.abs(A_i) < LEAST_POLE)
-    return tl.where(vanishing, -LEAST_POLE, A_r), tl.where(vanishing, 0.0, A_i)
-
-
-@triton.jit
-def inverse(A_r, A_i):
-    """1 / A, in float64: its error meets every token. `A` does not vanish (`off_zero`)."""
-    r = A_r.to(tl.float64)
-    i = A_i.to(tl.float64)
-    norm = r * r + i * i
-    return (r / norm).to(A_r.dtype), (-i / norm).to(A_r.dtype)
-
-
-@triton.jit
-def rates(A_r, A_i, FAST: tl.constexpr):
-    """What `decay` and `decay_rise` take in place of A: A itself; if fast, its rate in octaves, in turns."""
-    if FAST == ACCURATE or A_r.dtype == tl.float64:
-        return A_r, A_i
+def pole(A):
+    """A, with -LEAST_POLE in place of what is smaller: then A h never loses the state h."""
+    if len(A) == 1:
+        return (tl.where(tl.abs(A[0]) < LEAST_POLE, -LEAST_POLE, A[0]),)
     else:
-        return A_r * LOG2E, A_i * (1 / TURN)
+        vanishing = (tl.abs(A[0]) < LEAST_POLE) & (tl.abs(A[1]) < LEAST_POLE)
+        return tl.where(vanishing, -LEAST_POLE, A[0]), tl.where(vanishing, 0.0, A[1])
 
 
 @triton.jit
-def decay(dt, rate, frequency, FAST: tl.constexpr):
-    """exp(dt A), of `rates` of A."""
+def reciprocal(A):
+    """1 / A of a `pole`, to rounding, for which float64 is needed: its error meets every token."""
+    r = A[0].to(tl.float64)
+    if len(A) == 1:
+        return ((1.0 / r).to(A[0].dtype),)
+    else:
+        i = A[1].to(tl.float64)
+        norm = r * r + i * i
+        return (r / norm).to(A[0].dtype), (-i / norm).to(A[0].dtype)
+
+
+@triton.jit
+def rates(A, FAST: tl.constexpr):
+    """What `decay_rise` takes in place of A: A itself; complex and fast, its rate in octaves and in turns."""
+    if FAST == ACCURATE or A[0].dtype == tl.float64 or len(A) == 1:
+        return A
+    else:
+        return A[0] * LOG2E, A[1] * (1 / TURN)
+
+
+@triton.jit
+def decay_rise(dt, rate, FAST: tl.constexpr):
+    """E = exp(dt A) - 1, of `rates` of A; for real A accurate near 0 in either way of computing."""
     if FAST == ACCURATE or dt.dtype == tl.float64:
-        gain, _ = growth(dt * rate)
-        sin, cos = half_turned((0.5 * dt) * frequency)
-        twice = (gain + gain) * sin
-        return gain - sin * twice, twice * cos
+        _, E = decay(dt, rate)
+        return E
+    elif len(rate) == 1:
+        x = dt * rate[0]
+        series = 1 / 120 + x * (1 / 720)
+        series = x + x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * series)))
+        return (tl.where(x > -0.25, series, exp2_approx(x * LOG2E, FAST == MUFU) - 1.0),)
     else:
-        gain = exp2_approx(dt * rate, FAST == MUFU)
-        sin, cos = turned(dt, frequency, FAST)
-        return gain * cos, gain * sin
-
-
-@triton.jit
-def decay_rise(dt, rate, frequency, FAST: tl.constexpr):
-    """E = exp(dt A) - 1, of `rates` of A.
-
-    Accurate: with m = exp(x) - 1 for z = x + iy, and s, c the sine and cosine of y/2,
-    Re E = m - 2 exp(x) s^2 and Im E = 2 exp(x) s c, where nothing cancels near z = 0.
-    """
-    if FAST == ACCURATE or dt.dtype == tl.float64:
-        gain, rise = growth(dt * rate)
-        sin, cos = half_turned((0.5 * dt) * frequency)
-        twice = (gain + gain) * sin
-        return rise - sin * twice, twice * cos
-    else:
-        gain = exp2_approx(dt * rate, FAST == MUFU)
-        sin, cos = turned(dt, frequency, FAST)
+        gain = exp2_approx(dt * rate[0], FAST == MUFU)
+        sin, cos = turned(dt, rate[1], FAST)
         return gain * cos - 1.0, gain * sin
+
+
+@triton.jit
+def decay(dt, A):
+    """a = exp(dt A) and E = a - 1, both to rounding.
+
+    With m = exp(x) - 1 for dt A = x + iy, and s, c the sine and cosine of y/2, Re E = m - 2 exp(x) s^2 and
+    Im E = 2 exp(x) s c, where nothing cancels near 0.
+    """
+    gain, rise = growth(dt * A[0])
+    if len(A) == 1:
+        return (gain,), (rise,)
+    else:
+        sin, cos = half_turned((0.5 * dt) * A[1])
+        twice = (gain + gain) * sin
+        return (gain - sin * twice, twice * cos), (rise - sin * twice, twice * cos)
+
+
+@triton.jit
+def decay_and_inverse(dt, rate, FAST: tl.constexpr):
+    """exp(dt A) and its inverse, fast, of `rates` of A; the caller bounds |dt Re A|."""
+    sin, cos = turned(dt, rate[1], FAST)
+    x = dt * rate[0]
+    gain = exp2_approx(x, FAST == MUFU)
+    loss = exp2_approx(-x, FAST == MUFU)
+    return (gain * cos, gain * sin), (loss * cos, -(loss * sin))
 
 
 @triton.jit
@@ -100,19 +101,6 @@ def turned(dt, frequency, FAST: tl.constexpr):
     turns = (dt * frequency + ROUND) - ROUND
     y = (dt * frequency - turns) * TURN
     return sin_approx(y, FAST == MUFU), cos_approx(y, FAST == MUFU)
-
-
-@triton.jit
-def real_rise(dt, A, FAST: tl.constexpr):
-    """exp(dt A) - 1 for real A <= 0, accurate near 0 in either way of computing (A itself, not `rates`)."""
-    x = dt * A
-    if FAST == ACCURATE or dt.dtype == tl.float64:
-        _, rise = growth(x)
-        return rise
-    else:
-        series = 1 / 120 + x * (1 / 720)
-        series = x + x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * series)))
-        return tl.where(x > -0.25, series, exp2_approx(x * LOG2E, FAST == MUFU) - 1.0)
 
 
 @triton.jit
@@ -163,46 +151,54 @@ def half_turned(y):
 
 
 @triton.jit
-def weight_slope(dt, A_r, A_i, inv_r, inv_i, E_r, E_i, TERMS: tl.constexpr):
-    """chi = dw/dA of the weight w = E / A: (dt exp(dt A) - w) / A, by a series near 0.
+def weight_slope(dt, A, inv, a, w):
+    """chi = dw / dA of the weight w = E / A: (dt a - w) / A, by a series near 0.
 
     The series is dt^2 sum_k (k+1)/(k+2)! (dt A)^k, with 6 terms in float32 and 12 in float64.
     """
-    near = dt * tl.maximum(tl.abs(A_r), tl.abs(A_i)) < 0.25
-    z_r = tl.where(near, dt * A_r, 0.0)
-    z_i = tl.where(near, dt * A_i, 0.0)
-    w_r, w_i = times(E_r, E_i, inv_r, inv_i)
-    far_r, far_i = times(dt + dt * E_r - w_r, dt * E_i - w_i, inv_r, inv_i)
-    s_r = tl.full(z_r.shape, 1.0, z_r.dtype)
-    s_i = tl.zeros_like(s_r)
+    TERMS: tl.constexpr = 12 if dt.dtype == tl.float64 else 6
+    size = tl.abs(A[0])
+    if len(A) == 2:
+        size = tl.maximum(size, tl.abs(A[1]))
+    near = dt * size < 0.25
+    z = scaled(A, tl.where(near, dt, 0.0))
+    far = product(minus(scaled(a, dt), w), inv)
+    series = zero_like(z)
     for k in tl.static_range(TERMS, 0, -1):
-        p_r, p_i = times(s_r, s_i, z_r, z_i)
-        s_r = 1.0 + p_r * ((k + 1.0) / (k * (k + 2.0)))
-        s_i = p_i * ((k + 1.0) / (k * (k + 2.0)))
+        if len(A) == 1:
+            series = ((1.0 + series[0]) * z[0] * ((k + 1.0) / (k * (k + 2.0))),)
+        else:
+            series = scaled(product((1.0 + series[0], series[1]), z), (k + 1.0) / (k * (k + 2.0)))
     scale = 0.5 * dt * dt
-    return tl.where(near, scale * s_r, far_r), tl.where(near, scale * s_i, far_i)
+    if len(A) == 1:
+        return (tl.where(near, scale + scale * series[0], far[0]),)
+    else:
+        return (
+            tl.where(near, scale + scale * series[0], far[0]),
+            tl.where(near, scale * series[1], far[1]),
+        )
 
 
 @triton.jit
-def decay_of_span(total, A_r, A_i, REAL: tl.constexpr):
-    """exp(total A) over many tokens, `total` in float64: the phase of a long span keeps its digits."""
-    if A_r.dtype == tl.float64:
-        half = 0.5 * total * A_i
+def decay_of_span(time, A):
+    """exp(time A) over many tokens, `time` in float64: the phase of a long span keeps its digits."""
+    gain, _ = growth((time * A[0]).to(A[0].dtype))
+    if len(A) == 1:
+        return (gain,)
     else:
-        turns = total * A_i * (1 / TURN)
-        half = ((turns - tl.floor(turns + 0.5)) * (0.5 * TURN)).to(tl.float32)
-    gain, _ = growth((total * A_r).to(A_r.dtype))
-    if REAL:
-        return gain, gain
-    else:
+        if A[0].dtype == tl.float64:
+            half = 0.5 * time * A[1]
+        else:
+            turns = time * A[1] * (1 / TURN)
+            half = ((turns - tl.floor(turns + 0.5)) * (0.5 * TURN)).to(tl.float32)
         sin, cos = half_turned(half)
         return gain - 2.0 * gain * sin * sin, 2.0 * gain * sin * cos
 
 
 @triton.jit
-def fast_is_right(A_r, A_i, mask, ANY: tl.constexpr, FAST: tl.constexpr):
+def fast_is_right(A, mask, ANY: tl.constexpr, FAST: tl.constexpr):
     """Whether no |A| of a program is so small that the absolute error of fast ways would show."""
-    if ANY or FAST == ACCURATE or A_r.dtype == tl.float64:
+    if ANY or FAST == ACCURATE or A[0].dtype == tl.float64 or len(A) == 1:
         return True
     else:
-        return tl.min(tl.where(mask, tl.maximum(tl.abs(A_r), tl.abs(A_i)), 1.0)) >= LEAST_FAST
+        return tl.min(tl.where(mask, tl.maximum(tl.abs(A[0]), tl.abs(A[1])), 1.0)) >= LEAST_FAST

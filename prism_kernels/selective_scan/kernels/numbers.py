@@ -50,12 +50,30 @@ def scaled(a, s):
 
 
 @triton.jit
+def conj(a):
+    """conj(a)."""
+    if len(a) == 1:
+        return a
+    else:
+        return a[0], -a[1]
+
+
+@triton.jit
 def product(a, b):
     """a b."""
     if len(a) == 1:
         return (a[0] * b[0],)
     else:
         return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+
+@triton.jit
+def plus_product(c, a, b):
+    """c + a b, each product added as it is made."""
+    if len(a) == 1:
+        return (c[0] + a[0] * b[0],)
+    else:
+        return c[0] + a[0] * b[0] - a[1] * b[1], c[1] + a[0] * b[1] + a[1] * b[0]
 
 
 @triton.jit
@@ -92,6 +110,15 @@ def real_dot(a, b, axis: tl.constexpr):
         return tl.sum(a[0] * b[0], axis=axis)
     else:
         return tl.sum(a[0] * b[0], axis=axis) + tl.sum(a[1] * b[1], axis=axis)
+
+
+@triton.jit
+def real_sum(a, b):
+    """Re sum a b over the states, the first axis."""
+    if len(a) == 1:
+        return tl.sum(a[0] * b[0], axis=0)
+    else:
+        return tl.sum(a[0] * b[0] - a[1] * b[1], axis=0)
 
 
 @triton.jit

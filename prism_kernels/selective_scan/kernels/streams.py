@@ -1,4 +1,4 @@
-"""What is elementwise in tokens and channels around the backward's walk, a segment at a time in scratch."""
+"""What is elementwise in tokens and channels: step size, gate; around the backward's walk, in scratch."""
 
 import triton
 import triton.language as tl
@@ -20,16 +20,19 @@ def unit_exp(x, FAST: tl.constexpr):
 def step_size(raw, SOFTPLUS: tl.constexpr, FAST: tl.constexpr):
     """The step size and its derivative: softplus, or `raw` itself.
 
-    log(1 + e) = 2 artanh(t) with t = e / (2 + e) <= 1/3, right to rounding for small e too.
+    With t = e / (2 + e) <= 1/3, log(1 + e) = 2 artanh(t) = e - t (e - 2 t^2 (1/3 + t^2/5 + ...)): the small
+    last term takes the errors of the division and the series, and little but that of e is left.
     """
     if SOFTPLUS:
         TERMS: tl.constexpr = 16 if raw.dtype == tl.float64 else 7
         e = unit_exp(-tl.abs(raw), FAST)
         t = e / (2.0 + e)
-        series = tl.full(raw.shape, 1 / (2 * TERMS + 1), raw.dtype)
-        for k in tl.static_range(TERMS - 1, -1, -1):
-            series = 1 / (2 * k + 1) + t * t * series
-        return tl.maximum(raw, 0.0) + 2.0 * t * series, tl.where(raw > 0.0, 1.0, e) / (1.0 + e)
+        square = t * t
+        series = tl.full(raw.shape, 2 / (2 * TERMS + 1), raw.dtype)
+        for k in tl.static_range(TERMS - 1, 0, -1):
+            series = 2 / (2 * k + 1) + square * series
+        rise = e - t * (e - square * series)
+        return tl.maximum(raw, 0.0) + rise, tl.where(raw > 0.0, 1.0, e) / (1.0 + e)
     else:
         return raw, tl.full(raw.shape, 1.0, raw.dtype)
 
@@ -38,8 +41,9 @@ def step_size(raw, SOFTPLUS: tl.constexpr, FAST: tl.constexpr):
 def gate(z, FAST: tl.constexpr):
     """silu(z) and its derivative."""
     e = unit_exp(-tl.abs(z), FAST)
-    sigmoid = tl.where(z > 0.0, 1.0, e) / (1.0 + e)
-    return z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
+    norm = 1.0 / (1.0 + e)
+    sigmoid = tl.where(z > 0.0, 1.0, e) * norm
+    return z * sigmoid, sigmoid * (1.0 + z * (tl.where(z > 0.0, e, 1.0) * norm))
 
 
 @triton.jit
