@@ -11,6 +11,7 @@ from .kernels import channels_forward
 
 SEGMENT = 64  # tokens between two stored states
 STATES_PER_THREAD = 8
+UNROLL = 4  # tokens
 MANY_PROGRAMS = 1056  # enough to fill a device: with far fewer, sequences are cut
 LEAST_SPLITS, MOST_SPLITS = 3, 16  # cut in two, a sequence would take as long as whole
 LEAST_SPAN = 256  # tokens of a part
@@ -44,24 +45,24 @@ def forward(
     kept = u.new_empty(residuals(u, A, cu_seqlens)[0][0] if save else (0,), dtype=wide)
     given = (u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
     tensors, numbers, constants, warps = arguments(*given, dt_softplus, reverse, euler, accurate)
-    grid, splits, part = cut(rows, T, constants)
+    programs, splits, part = cut(rows, -(-H * P // constants["BLOCK_C"]), T)
     ends = totals = None
     if splits > 1:
         ends = u.new_empty((rows, splits, H * P, N, *pair), dtype=wide)
         totals = u.new_empty((rows, splits, H * P), dtype=torch.float64)
         launch(
             channels_forward.scan_forward,
-            grid,
+            (programs,),
             *(*tensors, None, totals, None, ends, None, T, part, *numbers),
             num_warps=warps,
             SPLITS=splits,
             **constants,
         )
-    if not grid[0]:
+    if not programs:
         return y, last, [kept]
     launch(
         channels_forward.scan_forward,
-        grid,
+        (programs,),
         *(*tensors, ends, totals, y, last, kept if save else None, T, part, *numbers),
         num_warps=warps,
         SPLITS=splits,
@@ -120,7 +121,7 @@ def arguments(
         "N": N,
         "BLOCK_C": block_c,
         "BLOCK_N": block_n,
-        "UNROLL": 4 if T > 1 else 1,
+        "UNROLL": UNROLL if T > 1 else 1,
         "SEGMENT": SEGMENT,
         "REAL": real,
         "EULER": euler,
@@ -140,15 +141,14 @@ def dense(weights: Tensor, A: Tensor) -> Tensor:
     return weights if steps == ((2, 1) if pair else (1,)) else weights.contiguous()
 
 
-def cut(rows: int, T: int, constants: dict[str, Any]) -> tuple[tuple[int], int, int]:
-    """The grid, the parts that every sequence is cut into, and their tokens: by the shape alone."""
-    programs = rows * -(-constants["CHANNELS"] // constants["BLOCK_C"])
-    splits = min(MOST_SPLITS, MANY_PROGRAMS // max(1, programs), T // LEAST_SPAN)
+def cut(sequences: int, blocks: int, T: int) -> tuple[int, int, int]:
+    """Programs, the parts that every sequence is cut into, and their tokens: by the shape alone."""
+    splits = min(MOST_SPLITS, MANY_PROGRAMS // max(1, sequences * blocks), T // LEAST_SPAN)
     if splits < LEAST_SPLITS:
-        return (programs,), 1, T
+        return sequences * blocks, 1, T
     part = -(-T // (splits * SEGMENT)) * SEGMENT
     splits = -(-T // part)
-    return (programs * splits,), splits, part
+    return sequences * blocks * splits, splits, part
 
 
 def residuals(u: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> list[tuple[tuple[int, ...], torch.dtype]]:

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from .._core.configs import is_amd
 from .._core.runtime import accumulate_dtype, launch
-from .kernels.channels_backward import scan_backward
+from .kernels.channels_adjoint import scan_adjoint
+from .kernels.channels_backward import WINDOW, scan_backward
 from .kernels.exponential import ACCURATE, MUFU, PORTABLE
+from .launch_channels import SEGMENT, UNROLL, cut, dense
 
-SEGMENT = 64  # tokens between two stored states
-WINDOW = 8  # tokens whose states the program keeps at a time
 EACH = 8  # states of a lane
 PARTS = 2  # in which the accurate walk does them
 MOST_WARPS = 8
-# By how many natural logs a state may grow again when walked back through a segment: a fast and an accurate
-# call. Errors of rounding grow with it.
-MOST_DECAY = (4.0, 0.25)
+# By how many natural logs a state may grow again when a fast call walks it back through a segment. Errors of
+# rounding grow with it.
+MOST_DECAY = 4.0
 # Mean |dt A| from which on differences of states shifted by B u / A keep enough digits: u in 16, in 32 bits.
 LEAST_ANGLE = (2.0**-10, 2.0**-4)
 
@@ -62,7 +62,6 @@ def backward(
 
     `residuals` are the states before every segment and the final state.
     """
-    states, last = residuals[:2]
     (batch, T, H, P), N, wide = u.shape, A.shape[1], accumulate_dtype(u.dtype)
     pair = tuple(A.shape[2:])
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -76,73 +75,87 @@ def backward(
         )
     tile = tiling(H * P // G, N)
     fast = not accurate and wide == torch.float32
-    ptx = not is_amd(u.device)
+    programs, splits, part = cut(sequences, G * tile.blocks, T)
+    A, B, C, dy = A.contiguous(), dense(B, A), dense(C, A), dy.contiguous()
+    dt_bias = None if dt_bias is None else dt_bias.contiguous()
+    z_strides = (0, 0, 0, 0) if z is None else z.stride()
+    B_strides, C_strides = (weight_strides(x, t, pair) for x, t in zip((B, C), by_token, strict=True))
+    common = {
+        "DT_STRIDE": dt.stride(1),
+        "Z_STRIDE": z_strides[1],
+        "C_STRIDE": C_strides[1],
+        "H": H,
+        "P": P,
+        "G": G,
+        "N": N,
+        "BLOCK_C": tile.block_c,
+        "BLOCK_N": tile.block_n,
+        "REAL": not pair,
+        "EULER": euler,
+        "TOKEN_C": by_token[1],
+        "SOFTPLUS": dt_softplus,
+        "REVERSE": reverse,
+        "SPLITS": splits,
+        "FAST": (PORTABLE if is_amd(u.device) else MUFU).value if fast else ACCURATE.value,
+        "num_warps": tile.warps,
+    }
+    ends = totals = None
+    if splits > 1:
+        ends = u.new_empty((sequences, splits, H * P, N, *pair), dtype=wide)
+        totals = u.new_empty((sequences, splits, H * P), dtype=torch.float64)
+        launch(
+            scan_adjoint,
+            (programs,),
+            *(dy, dt, A, C, z, dt_bias, cu_seqlens, ends, totals, T, part, dt.stride(0), dt.stride(2)),
+            *(z_strides[i] for i in (0, 2, 3)),
+            *(C_strides[i] for i in (0, 2, 3)),
+            UNROLL=UNROLL,
+            **common,
+        )
 
-    A, B, C = A.contiguous(), dense(B, pair), dense(C, pair)
     like_u = torch.zeros if cu_seqlens is not None else torch.empty
     du = like_u(u.shape, dtype=u.dtype, device=u.device)
     ddt = like_u(u.shape, dtype=dt.dtype if P == 1 else wide, device=u.device)
     dz = None if z is None else like_u(z.shape, dtype=z.dtype, device=u.device)
-    dA, dh0 = (u.new_empty((sequences, H, P, N, *pair), dtype=wide) for _ in range(2))
+    dA = u.new_empty((sequences * splits, H, P, N, *pair), dtype=wide)
+    dh0 = u.new_empty((sequences, H, P, N, *pair), dtype=wide)
     dB, dC = (
         like_u((batch, T, G, tile.blocks, N, *pair), dtype=wide, device=u.device)
         if token
         else torch.empty_like(dA)
         for token in by_token
     )
-    dD, dbias = (u.new_empty((sequences, H, P), dtype=wide) for _ in range(2))
-    planes, parts = 1 + len(pair), min(PARTS, tile.block_n)
-    rows = (
-        min(SEGMENT, 512 // tile.block_c) if tile.block_n in (8, 16) else 8
-    )  # never the shape of a tile of states
-    tile_size = tile.block_c * tile.block_n * planes
+    dD, dbias = (u.new_empty((sequences * splits, H, P), dtype=wide) for _ in range(2))
+    planes, halves = 1 + len(pair), min(PARTS, tile.block_n)
+    rows = min(SEGMENT, 512 // tile.block_c) if tile.block_n in (8, 16) else 8  # no shape of a tile of states
+    size = tile.block_c * tile.block_n * planes
     kept = (
-        (6 * SEGMENT + 3) * tile.block_c + 4 * tile_size + (WINDOW + SEGMENT // WINDOW) * tile_size // parts
+        (6 * SEGMENT + 3) * tile.block_c
+        + 4 * size
+        + (WINDOW.value + SEGMENT // WINDOW.value) * size // halves
     )
-    scratch = u.new_empty(sequences * G * tile.blocks * kept, dtype=wide)
-    z_strides = (0, 0, 0, 0) if z is None else z.stride()
-    B_strides, C_strides = (weight_strides(x, t, pair) for x, t in zip((B, C), by_token, strict=True))
+    scratch = u.new_empty(programs * kept, dtype=wide)
     launch(
         scan_backward,
-        (sequences * G * tile.blocks,),
-        *(dy.contiguous(), u, dt, A, B, C, D if D is None else per_channel(D, P), z),
-        *(None if dt_bias is None else dt_bias.contiguous(), cu_seqlens),
-        *(states, last, None if dfinal is None else dfinal.contiguous()),
-        *(du, ddt, dz, dA, dB, dC, dD, dbias, dh0, scratch),
-        *(
-            T,
-            *(u.stride(i) for i in (0, 2, 3)),
-            dt.stride(0),
-            dt.stride(2),
-            *(z_strides[i] for i in (0, 2, 3)),
-        ),
+        (programs,),
+        *(dy, u, dt, A, B, C, D if D is None else per_channel(D, P), z, dt_bias, cu_seqlens),
+        *(*residuals, None if dfinal is None else dfinal.contiguous(), ends, totals),
+        *(du, ddt, dz, dA, dB, dC, dD, dbias, dh0, scratch, T, part),
+        *(u.stride(i) for i in (0, 2, 3)),
+        *(dt.stride(0), dt.stride(2)),
+        *(z_strides[i] for i in (0, 2, 3)),
         *(B_strides[i] for i in (0, 2, 3)),
         *(C_strides[i] for i in (0, 2, 3)),
         U_STRIDE=u.stride(1),
-        DT_STRIDE=dt.stride(1),
-        Z_STRIDE=z_strides[1],
         B_STRIDE=B_strides[1],
-        C_STRIDE=C_strides[1],
-        H=H,
-        P=P,
-        G=G,
-        N=N,
-        BLOCK_C=tile.block_c,
-        BLOCK_N=tile.block_n,
         SEGMENT=SEGMENT,
-        PARTS=parts,
+        PARTS=halves,
         ROWS=rows,
-        REAL=not pair,
-        EULER=euler,
         TOKEN_B=by_token[0],
-        TOKEN_C=by_token[1],
-        SOFTPLUS=dt_softplus,
-        REVERSE=reverse,
         SHIFTED=fast and bool(pair) and not euler and not any(by_token),
-        FAST=(MUFU if ptx else PORTABLE).value if fast else ACCURATE.value,
-        MOST_DECAY=MOST_DECAY[not fast],
+        MOST_DECAY=MOST_DECAY,
         LEAST_ANGLE=LEAST_ANGLE[u.dtype == torch.float32],
-        num_warps=tile.warps,
+        **common,
     )
     dweights = []
     for d, x, token, g in zip((dB, dC), (B, C), by_token, groups, strict=True):
@@ -162,12 +175,6 @@ def backward(
         u.new_empty(0) if dt_bias is None else dbias.sum((0, 2)).to(dt_bias.dtype),
         u.new_empty(0) if initial_state is None else dh0.to(initial_state.dtype),
     )
-
-
-def dense(x: Tensor, pair: tuple[int, ...]) -> Tensor:
-    """`x` with its states side by side."""
-    inner = (2, 1) if pair else (1,)
-    return x if x.stride()[x.ndim - len(inner) :] == inner else x.contiguous()
 
 
 def per_channel(D: Tensor, P: int) -> Tensor:

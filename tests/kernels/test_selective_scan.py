@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from prism_kernels import selective_scan, selective_scan_step
-from prism_kernels._core.runtime import interpreting
-from prism_kernels.selective_scan import dual, launch_channels, torch_impl
+from prism_kernels._core.runtime import interpreting, watch_launches
+from prism_kernels.selective_scan import dual, launch_channels, launch_channels_backward, torch_impl
 from prism_kernels.selective_scan.kernels import exponential, streams
 from prism_kernels.selective_scan.reference import phi1
 from prism_kernels.testing.inputs import Draw
@@ -358,17 +358,20 @@ def test_rise_is_right_relative_to_its_size(fast):
 @pytest.mark.parametrize("forms, options", [("ss", {}), ("dd", {"reverse": True})])
 @pytest.mark.parametrize("real", [False, True], ids=["complex", "real"])
 def test_sequences_cut_in_time_equal_whole_ones(monkeypatch, forms, options, real):
-    tensors = inputs(1, 27, 2, 3, 5, forms=forms, real=real)
-    packed = tensors | {"cu_seqlens": torch.tensor([0, 0, 13, 14, 25])}
-    packed["initial_state"] = tensors["initial_state"].expand(4, 2, 3, 5)
-    options = options | {"output_final_state": True, "impl": "triton"}
-    expected = [selective_scan(**t, **options) for t in (tensors, packed)]
-    monkeypatch.setattr(launch_channels, "SEGMENT", 4)
-    monkeypatch.setattr(launch_channels, "LEAST_SPAN", 4)
-    for t, (y, state) in zip((tensors, packed), expected, strict=True):
-        got = selective_scan(**t, **options)
-        torch.testing.assert_close(got.y, y, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(got.final_state, state, rtol=1e-12, atol=1e-12)
+    """y, the final state and every gradient; sequences shorter than a part, and empty ones, among them."""
+    tensors = inputs(1, 27, 2, 1, 5, forms=forms, real=real)
+    packed = tensors | {"cu_seqlens": torch.tensor([0, 0, 17, 18, 25])}
+    packed["initial_state"] = tensors["initial_state"].expand(4, 2, 1, 5)
+    expected = [gradients(t, "triton", **options) for t in (tensors, packed)]
+    for module in (launch_channels, launch_channels_backward):
+        monkeypatch.setattr(module, "SEGMENT", 8)
+    monkeypatch.setattr(launch_channels, "LEAST_SPAN", 8)
+    for t, whole in zip((tensors, packed), expected, strict=True):
+        with watch_launches() as launches:
+            got = gradients(t, "triton", **options)
+        names = [name for name, _ in launches]
+        assert names == ["scan_forward", "scan_forward", "scan_adjoint", "scan_backward"]
+        assert_close(got, whole, 1e-12)
 
 
 def test_poles_going_to_zero_are_right():

@@ -23,6 +23,14 @@ def rows_of(p_bounds, i_s, T, SEGMENT: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def channels_of(i_g, i_c, OF_GROUP: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels of block `i_c` of group `i_g`: which exist, their number, head, and place in the head."""
+    o_group = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_c = i_g * OF_GROUP + o_group
+    return o_group < OF_GROUP, o_c.to(tl.int64), (o_c // P).to(tl.int64), (o_c % P).to(tl.int64)
+
+
+@triton.jit
 def load_tokens(p, stride: tl.constexpr, first, end, mask, COUNT: tl.constexpr):
     """COUNT tokens from number `first` on, where `p` points, as a tuple; those from `end` on are zero."""
     values = ()

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from ..._core.tl_math import opaque
-from .channels import rows_of
+from .channels import channels_of, rows_of
+from .channels_adjoint import adjoint_after
 from .exponential import (
+    ACCURATE,
     MUFU,
     TURN,
     decay,
@@ -79,13 +81,15 @@ def rerun(
 @triton.jit
 def walk(
     p_numbers, places, B_stride, C_stride, part_stride, kept, p_rows, D, tokens, stored, m_c, N: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr,
     EULER: tl.constexpr, TOKEN_B: tl.constexpr, TOKEN_C: tl.constexpr, GATED: tl.constexpr,
+    ALWAYS: tl.constexpr,
 ):  # fmt: skip
     """Walk back through a segment by the recurrence as it stands, right for any pole and step size.
 
-    The state before a token is (h_t - w_t B_t u_t) / a_t, or, where states are to be `stored`, read: windows
-    of tokens, from last to first, are run again and their states kept, from a state kept before every window.
+    The state before a token is read, where states are to be `stored` (with ALWAYS, they are): windows of
+    tokens, from last to first, are run again and their states kept, from a state kept before every window.
+    Otherwise it is (h_t - w_t B_t u_t) / a_t.
     The states are done in PARTS, one after another: a part has a register for everything. The adjoint and
     the sums over time come and go by memory.
     """
@@ -115,7 +119,7 @@ def walk(
         dB = load_number(p_number + 2 * TILE, mask, ACC, REAL)
         dC = load_number(p_number + 3 * TILE, mask, ACC, REAL)
         h = load_number(p_end + o_state, mask, ACC, REAL)
-        if stored:
+        if ALWAYS or stored:
             h = load_number(p_start + o_state, mask, ACC, REAL)
             for i in range(windows):
                 j = i * WINDOW
@@ -129,7 +133,7 @@ def walk(
             i = windows - 1 - i_back
             first = i * WINDOW
             count = tl.minimum(WINDOW, tokens - first)
-            if stored:
+            if ALWAYS or stored:
                 h = rerun(
                     load_number(p_row + (WINDOW + i) * ROW, mask, ACC, REAL), A, inv, B,
                     p_B + o_state + first * B_stride, B_stride,
@@ -150,9 +154,12 @@ def walk(
                 wB = product(w, B)
                 x = scaled(wB, u[None, :])
                 # the state before, and what is left of it; a branch would keep all of this in registers
-                row = load_number(p_row + i_row * ROW, mask & stored, ACC, REAL)
-                old = pick(stored, product(a, row), minus(h, x))
-                h = pick(stored, row, over(old, a))
+                if ALWAYS:
+                    old = product(a, load_number(p_row + i_row * ROW, mask, ACC, REAL))
+                else:
+                    row = load_number(p_row + i_row * ROW, mask & stored, ACC, REAL)
+                    old = pick(stored, product(a, row), minus(h, x))
+                    h = pick(stored, row, over(old, a))
                 l = plus(m, scaled(C, g[None, :]))
                 ul = scaled(l, u[None, :])
                 dw = product_conj(ul, B)
@@ -189,23 +196,15 @@ def walk(
         store_number(p_number + 3 * TILE, dC, mask)
 
 
-@triton.jit
-def channels_of(i_g, i_c, OF_GROUP: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Channels of block `i_c` of group `i_g`: which exist, their number, head, and place in the head."""
-    o_group = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    o_c = i_g * OF_GROUP + o_group
-    return o_group < OF_GROUP, o_c.to(tl.int64), (o_c // P).to(tl.int64), (o_c % P).to(tl.int64)
-
-
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "SPAN"])
 def scan_backward(
     # inputs
     dy_ptr, u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, bounds_ptr, states_ptr, last_ptr,
-    dlast_ptr,
+    dlast_ptr, ends_ptr, totals_ptr,
     # outputs
     du_ptr, ddt_ptr, dz_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dh0_ptr, scratch_ptr,
     # sizes and strides
-    T,
+    T, SPAN,
     u_stride_b, u_stride_h, u_stride_p, dt_stride_b, dt_stride_h, z_stride_b, z_stride_h, z_stride_p,
     B_stride_b, B_stride_g, B_stride_p, C_stride_b, C_stride_g, C_stride_p,
     U_STRIDE: tl.constexpr, DT_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr,
@@ -213,11 +212,12 @@ def scan_backward(
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENT: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, REAL: tl.constexpr, EULER: tl.constexpr, TOKEN_B: tl.constexpr, TOKEN_C: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
-    MOST_DECAY: tl.constexpr, LEAST_ANGLE: tl.constexpr,
+    MOST_DECAY: tl.constexpr, LEAST_ANGLE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """All gradients; those of A, B, C, D and the bias per sequence and channel, ddt per channel.
+    """All gradients; those of A, B, C, D and the bias per part of a sequence and channel, ddt per channel.
 
-    Of a B or C along time: per token and channel block. Grid: (sequences x groups x channel blocks,).
+    Of a B or C along time: per token and channel block. With SPLITS > 1, SPAN tokens each, a part finds the
+    adjoint it starts from in what `scan_adjoint` left. Grid: (sequences x SPLITS x groups x channel blocks,).
     """
     ACC: tl.constexpr = states_ptr.dtype.element_ty
     PLANES: tl.constexpr = 1 if REAL else 2
@@ -236,7 +236,8 @@ def scan_backward(
     PART: tl.constexpr = G * BLOCKS * N * PLANES
 
     # sequence, group of heads, channels and states of this program
-    i_s = (tl.program_id(0) // (G * BLOCKS)).to(tl.int64)
+    i_s = (tl.program_id(0) // (SPLITS * G * BLOCKS)).to(tl.int64)
+    i_split = tl.program_id(0) // (G * BLOCKS) % SPLITS
     i_g = tl.program_id(0) // BLOCKS % G
     i_c = tl.program_id(0) % BLOCKS
     i_b, start, length, row = rows_of(bounds_ptr, i_s, T, SEGMENT, bounds_ptr is not None)
@@ -252,15 +253,26 @@ def scan_backward(
     if dlast_ptr is not None:
         p_last = dlast_ptr + i_s * STATES + (o_c[None, :] * N + o_n) * PLANES
         m = load_number(p_last, m_c[None, :] & (o_n < N), ACC, REAL)
+    before = 0  # segments
+    part = length
+    if SPLITS > 1:
+        before = i_split * SPAN // SEGMENT
+        part = tl.maximum(tl.minimum(length - i_split * SPAN, SPAN), 0)
+        mask = m_c[None, :] & (o_n < N)
+        A = pole(load_number(A_ptr + (head[None, :] * N + o_n) * PLANES, mask, ACC, REAL))
+        m = adjoint_after(
+            m, A, ends_ptr, totals_ptr, i_s * SPLITS, SPLITS - 1, i_split, o_c, o_n, m_c, mask, N, CHANNELS,
+            REAL,
+        )  # fmt: skip
     sums = zero_like(m), zero_like(m), zero_like(m)
     dD = tl.zeros([BLOCK_C], ACC)
     dbias = tl.zeros([BLOCK_C], ACC)
 
-    segments = tl.cdiv(length, SEGMENT)
+    segments = tl.cdiv(part, SEGMENT)
     for i in range(segments):
         # places of the segment's first token in the scan's direction; the block's number is hidden from the
         # compiler, since it would keep a register for every address from one segment to the next
-        number = segments - 1 - i
+        number = before + segments - 1 - i
         tokens = tl.minimum(SEGMENT, length - number * SEGMENT)
         first = origin + SIGN * number * SEGMENT
         m_c, o_c, head, lane = channels_of(i_g, opaque(i_c, FAST == MUFU), OF_GROUP, P, BLOCK_C)
@@ -291,7 +303,7 @@ def scan_backward(
         o_state = o_c[None, :] * (N * PLANES)
         p_start = states_ptr + (row + number) * STATES
         p_end = p_start + STATES
-        if i == 0:
+        if (number + 1) * SEGMENT >= length:
             p_end = last_ptr + i_s * STATES
         p_start = p_start + o_state
         p_end = p_end + o_state
@@ -371,8 +383,8 @@ def scan_backward(
             areas = k_u, k_u + AREA, k_u + 2 * AREA, k_u + 3 * AREA, k_u + 4 * AREA, k_u + 5 * AREA
             walk(
                 p_numbers, places, SIGN * B_STRIDE, SIGN * C_STRIDE, SIGN * PART, areas, p_numbers + 4 * TILE,
-                D, tokens, stored, m_c, N, BLOCK_C, BLOCK_N, PARTS, REAL, FAST, EULER, TOKEN_B, TOKEN_C,
-                GATED,
+                D, tokens, stored, m_c, N, BLOCK_C, BLOCK_N, PARTS, REAL, EULER, TOKEN_B, TOKEN_C,
+                GATED, FAST == ACCURATE,
             )  # fmt: skip
             tl.debug_barrier()
             m = load_number(p_numbers + o_tile, mask, ACC, REAL)
@@ -390,7 +402,8 @@ def scan_backward(
 
     m_c, o_c, head, lane = channels_of(i_g, opaque(i_c, FAST == MUFU), OF_GROUP, P, BLOCK_C)
     mask = m_c[None, :] & (o_n < N)
-    o_sum = i_s * STATES + (o_c[None, :] * N + o_n) * PLANES
+    o_state = (o_c[None, :] * N + o_n) * PLANES
+    o_sum = (i_s * SPLITS + i_split) * STATES + o_state
     dA, dB, dC = sums
     store_number(dA_ptr + o_sum, dA, mask)
     if not TOKEN_B:
@@ -400,6 +413,7 @@ def scan_backward(
         store_number(dB_ptr + o_sum, dB, mask)
     if not TOKEN_C:
         store_number(dC_ptr + o_sum, dC, mask)
-    store_number(dh0_ptr + o_sum, m, mask)
-    tl.store(dD_ptr + i_s * CHANNELS + o_c, dD * (1 / KAPPA), mask=m_c)
-    tl.store(dbias_ptr + i_s * CHANNELS + o_c, dbias, mask=m_c)
+    store_number(dh0_ptr + i_s * STATES + o_state, m, mask & (i_split == 0))
+    o_sum = (i_s * SPLITS + i_split) * CHANNELS + o_c
+    tl.store(dD_ptr + o_sum, dD * (1 / KAPPA), mask=m_c)
+    tl.store(dbias_ptr + o_sum, dbias, mask=m_c)
