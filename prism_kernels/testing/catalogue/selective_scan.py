@@ -13,6 +13,7 @@ from ... import selective_scan, selective_scan_step
 from ...selective_scan.api import to_numbers, to_pairs
 from ...selective_scan.op import selective_scan_bwd, selective_scan_fwd
 from ...selective_scan.reference import scan_reference
+from ..budgets import LOW
 from ..inputs import Draw
 from ..spec import Case, ErrorCase, OpSpec, Outputs
 
@@ -89,55 +90,60 @@ def draw_case(
 
 def static_cases(dtype: torch.dtype) -> list[Case]:
     make = partial(draw_case, dtype)
-    zero_pole = make("a pole at zero, and one beside it", (1, 5, 4, 4, 4))
+    zero_pole = make("a pole at zero, and one beside it", (1, 5, 16, 4, 4))
     A = zero_pole.tensors["A"].clone()
     A[:, 0], A[:, 1] = 0, torch.complex(torch.tensor(-1e-7), torch.tensor(1e-7))
-    packed = make("packed, empty sequences among them", (1, 11, 4, 4, 6), dt_softplus=True)
+    packed = make("packed, empty sequences among them", (1, 11, 24, 4, 6), dt_softplus=True)
     bounds = torch.tensor([0, 0, 6, 9, 9])
-    states = Draw(1, dtype).complex_normal(4, 4, 4, 6)
-    pairs = make("real pairs", (2, 6, 8, 4, 5))
+    states = Draw(1, dtype).complex_normal(4, 24, 4, 6)
+    pairs = make("real pairs", (2, 6, 16, 4, 5))
     in_pairs = {n: torch.view_as_real(pairs.tensors[n]) for n in ("A", "B", "C", "initial_state")}
-    oscillating = make("undamped poles", (1, 9, 4, 4, 8), hostile=True)
+    oscillating = make("undamped poles", (1, 9, 16, 4, 8), hostile=True)
     undamped = torch.complex(torch.zeros_like(oscillating.tensors["A"].real), oscillating.tensors["A"].imag)
     turning = make("many turns in a step", (1, 6, 4, 1, 4), steps=(1e-5, 1e1), hostile=True)
     return [
         make("a step size per head, with all there is", (2, 6, 4, 4, 8)),
-        make("one token", (2, 1, 4, 4, 8), dt_softplus=True),
-        make("a step size per channel, across two segments", (1, 67, 16, 1, 8), full=False),
-        make("read-out per channel, five channels", (1, 5, 4, 5, 3), weights=("head", "channel")),
+        make("one token", (2, 1, 16, 4, 8), dt_softplus=True),
+        make("a step size per channel, across two segments", (1, 67, 32, 1, 8), full=False),
+        make("read-out per channel, five channels", (1, 5, 16, 5, 3), weights=("head", "channel")),
         make(
             "both per channel, no state given", (1, 6, 4, 3, 7), weights=("channel", "channel"), state=False
         ),
-        make("chunk edge plus one, backward in time", (1, 17, 4, 4, 8), reverse=True, dt_softplus=True),
+        make("chunk edge plus one, backward in time", (1, 17, 16, 4, 8), reverse=True),
         make("Euler", (1, 18, 4, 4, 8), discretization="euler"),
         packed.with_tensors(initial_state=states, cu_seqlens=bounds),
         pairs.with_tensors(**in_pairs),
         zero_pole.with_tensors(A=A),
-        make("one state", (1, 5, 3, 1, 1), reverse=True),
+        make("one state", (1, 5, 40, 1, 1), reverse=True),
         make("seventeen states", (1, 3, 2, 1, 17)),
         make("three hundred states", (1, 3, 1, 1, 300), full=False),
-        make("fast", (2, 9, 16, 1, 16), accuracy="fast", dt_softplus=True),
-        make("tiny steps", (1, 11, 4, 4, 16), steps=(1e-7, 1e-5), full=False, hostile=True),
+        make("tiny steps", (1, 11, 16, 4, 16), steps=(1e-7, 1e-5), full=False, hostile=True),
         make("huge steps", (1, 8, 4, 4, 8), steps=(1e1, 1e2), full=False, hostile=True),
-        make("tiny and huge steps by turns", (1, 18, 4, 4, 8), steps=(1e-6, 1e2), hostile=True),
+        make("tiny and huge steps by turns", (1, 18, 16, 4, 8), steps=(1e-6, 1e2), hostile=True),
         oscillating.with_tensors(A=undamped),
         turning.with_tensors(A=torch.complex(turning.tensors["A"].real, 1e3 * turning.tensors["A"].imag)),
+        *fast_case(make, (2, 9, 16, 1, 16), dtype, dt_softplus=True),
     ]
+
+
+def fast_case(make, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, **options) -> list[Case]:
+    """For 16 bits only: special functions are right to a few 2**-22, so that float32 knows better."""
+    return [make("fast", sizes, accuracy="fast", **options)] if dtype in LOW else []
 
 
 def token_cases(dtype: torch.dtype) -> list[Case]:
     make = partial(draw_case, dtype, weights=("token", "token"))
-    packed = make("packed", (1, 20, 4, 4, 6))
-    grouped = make("real B and C in two groups", (2, 9, 4, 4, 2))
+    packed = make("packed", (1, 20, 16, 4, 6))
+    grouped = make("real B and C in two groups", (2, 9, 16, 4, 2))
     groups = {"B": Draw(3, dtype).normal(2, 9, 2, 2), "C": Draw(6, dtype).normal(2, 9, 2, 2)}
     return [
-        make("complex B and C per token", (2, 9, 4, 4, 8)),
+        make("complex B and C per token", (2, 9, 16, 4, 8)),
         packed.with_tensors(
-            initial_state=Draw(4, dtype).complex_normal(2, 4, 4, 6), cu_seqlens=torch.tensor([0, 17, 19])
+            initial_state=Draw(4, dtype).complex_normal(2, 16, 4, 6), cu_seqlens=torch.tensor([0, 17, 19])
         ),
         grouped.with_tensors(**groups),
         make("B alone, backward in time", (1, 6, 4, 1, 3), weights=("token", "head"), reverse=True),
-        make("C alone, Euler", (1, 6, 4, 3, 3), weights=("head", "token"), discretization="euler"),
+        make("C alone, Euler", (1, 6, 16, 3, 3), weights=("head", "token"), discretization="euler"),
         make("huge steps", (1, 17, 4, 4, 8), steps=(1e1, 1e2), full=False, hostile=True),
     ]
 
@@ -150,7 +156,8 @@ def real_cases(dtype: torch.dtype) -> list[Case]:
         make("channelwise, backward in time", (2, 9, 8, 1, 6)),
         make("Euler, softplus", (3, 7, 24, 1, 6), discretization="euler", dt_softplus=True),
         make("a step size per head", (2, 17, 8, 4, 8)),
-        make("static weights, fast", (1, 9, 8, 1, 16), weights=("head", "channel"), accuracy="fast"),
+        make("static weights", (1, 9, 8, 1, 16), weights=("head", "channel")),
+        *fast_case(make, (1, 9, 8, 1, 16), dtype, weights=("head", "channel")),
         make("tiny steps", (1, 6, 8, 1, 6), steps=(1e-7, 1e-5), full=False, hostile=True),
         make("huge steps", (1, 6, 8, 1, 6), steps=(1e1, 1e2), full=False, hostile=True),
         *(case.with_tensors(A=case.tensors["A"][:, :1]) for case in (shared, stiff)),
