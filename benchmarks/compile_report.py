@@ -17,7 +17,6 @@ its target, unless `budgets.toml` records that with a reason, or if a budget is 
 import argparse
 import inspect
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -36,8 +35,7 @@ from . import budgets, sass
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_MEMORY = 512  # columns, from sm_100
-# A program of these holds BLOCK_C x BLOCK_N states; the function walks the tokens, UNROLL at a time.
-SCANS = {"scan_forward": "walk"}
+SCANS = ("scan_forward", "scan_adjoint", "scan_backward")  # kernels that walk the tokens one by one
 TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -359,11 +357,25 @@ def measure(entry: Entry, launch: Launch, compiled: Any) -> Entry:
     if (columns := getattr(compiled.metadata, "tmem_size", 0) or 0) > TENSOR_MEMORY:
         entry.error = f"needs {columns} columns of tensor memory, {entry.target} has {TENSOR_MEMORY}"
     if cuda and entry.kernel in SCANS:
-        updates = math.prod(launch.constexprs[name] for name in ("BLOCK_C", "BLOCK_N", "UNROLL"))
-        walker = getattr(inspect.getmodule(launch.kernel.fn), SCANS[entry.kernel])
-        found = sass.per_element(walker, code, compiled.asm["ptx"], 32 * entry.warps, updates)
-        entry.per_element, entry.mufu_per_element = found
+        module, found = inspect.getmodule(launch.kernel.fn), (0.0, 0.0)
+        for walker, states in walkers(launch):
+            walks = getattr(module, walker)
+            part = sass.per_element(walks, code, compiled.asm["ptx"], 32 * entry.warps, states)
+            found = found[0] + part[0], found[1] + part[1]
+        entry.per_element, entry.mufu_per_element = (round(x, 2) for x in found)
     return entry
+
+
+def walkers(launch: Launch) -> list[tuple[str, int]]:
+    """The functions by which a scan's kernel usually walks the tokens; states that a turn of each updates."""
+    constants = launch.constexprs
+    states = constants["BLOCK_C"] * constants["BLOCK_N"]
+    if launch.kernel.__name__ != "scan_backward":
+        walker = "walk" if launch.kernel.__name__ == "scan_forward" else "walk_back"
+        return [(walker, states * constants["UNROLL"])]
+    if constants["SHIFTED"]:
+        return [("walk_by_differences", states)]
+    return [(walker, states // constants["PARTS"]) for walker in ("rerun", "walk")]
 
 
 def specialise(launch: Launch, cuda: bool) -> tuple[dict, dict, dict]:

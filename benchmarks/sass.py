@@ -141,7 +141,7 @@ def machine_loop(code: Code, file: str, lines: range) -> tuple[int, int]:
     """
     votes = {(a, b): sum(_within(p, file, lines) for p in code.places[a:b]) for a, b in code.innermost()}
     most = max(votes.values(), default=0)
-    loop = max((x for x, n in votes.items() if 2 * n >= most), key=lambda x: x[1] - x[0], default=(0, 0))
+    loop = max((x for x, n in votes.items() if 3 * n >= 2 * most), key=lambda x: x[1] - x[0], default=(0, 0))
     if not most:
         raise NoTimeLoop(f"no machine loop comes from {file}:{lines.start}-{lines.stop - 1}")
     return loop

@@ -9,7 +9,7 @@ from .._core.configs import is_amd
 from .._core.runtime import accumulate_dtype, launch
 from .kernels import channels_forward
 
-SEGMENT = 64  # tokens between two stored states
+SEGMENT = 32  # tokens between two stored states
 STATES_PER_THREAD = 8
 UNROLL = 4  # tokens
 MANY_PROGRAMS = 1056  # enough to fill a device: with far fewer, sequences are cut

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._core.configs import is_amd
 from .._core.runtime import accumulate_dtype, launch
 from .kernels.channels_adjoint import scan_adjoint
-from .kernels.channels_backward import WINDOW, scan_backward
+from .kernels.channels_backward import scan_backward
 from .kernels.exponential import ACCURATE, MUFU, PORTABLE
 from .launch_channels import SEGMENT, UNROLL, cut, dense
 
@@ -127,13 +127,8 @@ def backward(
     )
     dD, dbias = (u.new_empty((sequences * splits, H, P), dtype=wide) for _ in range(2))
     planes, halves = 1 + len(pair), min(PARTS, tile.block_n)
-    rows = min(SEGMENT, 512 // tile.block_c) if tile.block_n in (8, 16) else 8  # no shape of a tile of states
     size = tile.block_c * tile.block_n * planes
-    kept = (
-        (6 * SEGMENT + 3) * tile.block_c
-        + 4 * size
-        + (WINDOW.value + SEGMENT // WINDOW.value) * size // halves
-    )
+    kept = (6 * SEGMENT + 3) * tile.block_c + 4 * size + SEGMENT * size // halves
     scratch = u.new_empty(programs * kept, dtype=wide)
     launch(
         scan_backward,
@@ -150,7 +145,7 @@ def backward(
         B_STRIDE=B_strides[1],
         SEGMENT=SEGMENT,
         PARTS=halves,
-        ROWS=rows,
+        ROWS=min(SEGMENT, max(8, 128 // tile.block_c)),
         TOKEN_B=by_token[0],
         SHIFTED=fast and bool(pair) and not euler and not any(by_token),
         MOST_DECAY=MOST_DECAY,

@@ -40,7 +40,6 @@ from .numbers import (
 )
 from .streams import finish, prepare
 
-WINDOW: tl.constexpr = tl.constexpr(8)  # tokens whose states are stored at a time
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
@@ -61,21 +60,18 @@ def discretised(dt, A, inv, EULER: tl.constexpr):
 
 @triton.jit
 def rerun(
-    h, A, inv, B, p_B, B_stride, kept, p_rows, count, mask, SAVE: tl.constexpr,
-    EULER: tl.constexpr, TOKEN_B: tl.constexpr, BLOCK_C: tl.constexpr, ROW: tl.constexpr,
+    h, A, inv, B, p_B, B_stride, k_u, k_dt, p_rows, tokens, mask, EULER: tl.constexpr, TOKEN_B: tl.constexpr,
+    BLOCK_C: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    """Run `count` tokens forward from state h; with SAVE, the state before each goes to scratch."""
-    k_u, k_dt = kept
-    for j in range(count):
-        if SAVE:
-            store_number(p_rows + j * ROW, h, mask)
+    """Run the tokens of a segment forward from state h; the state before each goes to scratch."""
+    for j in range(tokens):
+        store_number(p_rows + j * ROW, h, mask)
         u = tl.load(k_u + j * BLOCK_C)[None, :]
         dt = tl.load(k_dt + j * BLOCK_C)[None, :]
         if TOKEN_B:
             B = load_number(p_B + j * B_stride, mask, A[0].dtype, len(A) == 1)
         a, _, w = discretised(dt, A, inv, EULER)
         h = plus(product(a, h), scaled(product(w, B), u))
-    return h
 
 
 @triton.jit
@@ -87,11 +83,9 @@ def walk(
 ):  # fmt: skip
     """Walk back through a segment by the recurrence as it stands, right for any pole and step size.
 
-    The state before a token is read, where states are to be `stored` (with ALWAYS, they are): windows of
-    tokens, from last to first, are run again and their states kept, from a state kept before every window.
-    Otherwise it is (h_t - w_t B_t u_t) / a_t.
-    The states are done in PARTS, one after another: a part has a register for everything. The adjoint and
-    the sums over time come and go by memory.
+    The state before a token is read where states are to be `stored` (with ALWAYS, they are): the segment is
+    run again for that. Otherwise it is (h_t - w_t B_t u_t) / a_t. The states are done in PARTS, one after
+    another: a part has a register for everything. The adjoint and the sums over time come and go by memory.
     """
     p_A, p_B, p_C, p_dB, p_dC, p_start, p_end = places
     k_u, k_dt, k_g, k_du, k_ddt, k_y = kept
@@ -101,7 +95,6 @@ def walk(
     ROWS_N: tl.constexpr = BLOCK_N // PARTS
     ROW: tl.constexpr = ROWS_N * BLOCK_C * PLANES
     TILE: tl.constexpr = BLOCK_N * BLOCK_C * PLANES
-    windows = tl.cdiv(tokens, WINDOW)
     o_tile = (tl.arange(0, ROWS_N)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]) * PLANES
     p_row = p_rows + o_tile
     for part in range(PARTS):
@@ -118,82 +111,121 @@ def walk(
         dA = load_number(p_number + TILE, mask, ACC, REAL)
         dB = load_number(p_number + 2 * TILE, mask, ACC, REAL)
         dC = load_number(p_number + 3 * TILE, mask, ACC, REAL)
-        h = load_number(p_end + o_state, mask, ACC, REAL)
         if ALWAYS or stored:
             h = load_number(p_start + o_state, mask, ACC, REAL)
-            for i in range(windows):
-                j = i * WINDOW
-                store_number(p_row + (WINDOW + i) * ROW, h, mask)
-                h = rerun(
-                    h, A, inv, B, p_B + o_state + j * B_stride, B_stride,
-                    (k_u + j * BLOCK_C, k_dt + j * BLOCK_C),
-                    p_row, tl.minimum(WINDOW, tokens - j), mask, False, EULER, TOKEN_B, BLOCK_C, ROW,
-                )  # fmt: skip
-        for i_back in range(windows):
-            i = windows - 1 - i_back
-            first = i * WINDOW
-            count = tl.minimum(WINDOW, tokens - first)
-            if ALWAYS or stored:
-                h = rerun(
-                    load_number(p_row + (WINDOW + i) * ROW, mask, ACC, REAL), A, inv, B,
-                    p_B + o_state + first * B_stride, B_stride,
-                    (k_u + first * BLOCK_C, k_dt + first * BLOCK_C),
-                    p_row, count, mask, True, EULER, TOKEN_B, BLOCK_C, ROW,
-                )  # fmt: skip
-            for j_back in range(count):
-                i_row = count - 1 - j_back
-                j = first + i_row
-                u = tl.load(k_u + j * BLOCK_C)
-                dt = tl.load(k_dt + j * BLOCK_C)[None, :]
-                g = tl.load(k_g + j * BLOCK_C)
-                if TOKEN_B:
-                    B = load_number(p_B + o_state + j * B_stride, mask, ACC, REAL)
-                if TOKEN_C:
-                    C = load_number(p_C + o_state + j * C_stride, mask, ACC, REAL)
-                a, E, w = discretised(dt, A, inv, EULER)
-                wB = product(w, B)
-                x = scaled(wB, u[None, :])
-                # the state before, and what is left of it; a branch would keep all of this in registers
-                if ALWAYS:
-                    old = product(a, load_number(p_row + i_row * ROW, mask, ACC, REAL))
-                else:
-                    row = load_number(p_row + i_row * ROW, mask & stored, ACC, REAL)
-                    old = pick(stored, product(a, row), minus(h, x))
-                    h = pick(stored, row, over(old, a))
-                l = plus(m, scaled(C, g[None, :]))
-                ul = scaled(l, u[None, :])
-                dw = product_conj(ul, B)
-                q = product_conj(l, old)
-                dA = plus(dA, scaled(q, dt))
-                if EULER:
-                    ddt = real_dot(q, A, 0) + tl.sum(dw[0], axis=0)
-                else:
-                    ddt = real_dot(q, A, 0) + real_dot(dw, a, 0)
-                    dA = plus(dA, product_conj(dw, weight_slope(dt, A, inv, a, w)))
-                if TOKEN_B:
-                    p_part = p_dB + o_n * PLANES + j * part_stride
-                    store_number(p_part, total(product_conj(ul, w), 1), m_n)
-                else:
-                    dB = plus(dB, product_conj(ul, E))
-                after = scaled(plus(old, x), g[None, :])
-                if TOKEN_C:
-                    store_number(p_dC + o_n * PLANES + j * part_stride, total(after, 1), m_n)
-                else:
-                    dC = plus(dC, after)
-                m = product_conj(l, a)
-                du = real_dot(l, wB, 0) + tl.where(part == 0, D * g * (1 / KAPPA), 0.0)
-                du += tl.load(k_du + j * BLOCK_C, mask=m_c & (part > 0), other=0.0)
-                ddt += tl.load(k_ddt + j * BLOCK_C, mask=m_c & (part > 0), other=0.0)
-                tl.store(k_du + j * BLOCK_C, du)
-                tl.store(k_ddt + j * BLOCK_C, ddt)
-                if GATED:
-                    y = KAPPA * real_dot(plus(old, x), C, 0) + tl.where(part == 0, D * u, 0.0)
-                    y += tl.load(k_y + j * BLOCK_C, mask=m_c & (part > 0), other=0.0)
-                    tl.store(k_y + j * BLOCK_C, y)
+            rerun(
+                h, A, inv, B, p_B + o_state, B_stride, k_u, k_dt, p_row, tokens, mask, EULER, TOKEN_B,
+                BLOCK_C, ROW,
+            )  # fmt: skip
+            tl.debug_barrier()
+        h = load_number(p_end + o_state, mask, ACC, REAL)
+        for j_back in range(tokens):
+            j = tokens - 1 - j_back
+            u = tl.load(k_u + j * BLOCK_C)
+            dt = tl.load(k_dt + j * BLOCK_C)[None, :]
+            g = tl.load(k_g + j * BLOCK_C)
+            if TOKEN_B:
+                B = load_number(p_B + o_state + j * B_stride, mask, ACC, REAL)
+            if TOKEN_C:
+                C = load_number(p_C + o_state + j * C_stride, mask, ACC, REAL)
+            a, E, w = discretised(dt, A, inv, EULER)
+            wB = product(w, B)
+            x = scaled(wB, u[None, :])
+            # the state before, and what is left of it; a branch would keep all of this in registers
+            if ALWAYS:
+                old = product(a, load_number(p_row + j * ROW, mask, ACC, REAL))
+            else:
+                row = load_number(p_row + j * ROW, mask & stored, ACC, REAL)
+                old = pick(stored, product(a, row), minus(h, x))
+                h = pick(stored, row, over(old, a))
+            l = plus(m, scaled(C, g[None, :]))
+            ul = scaled(l, u[None, :])
+            dw = product_conj(ul, B)
+            q = product_conj(l, old)
+            dA = plus(dA, scaled(q, dt))
+            if EULER:
+                ddt = real_dot(q, A, 0) + tl.sum(dw[0], axis=0)
+            else:
+                ddt = real_dot(q, A, 0) + real_dot(dw, a, 0)
+                dA = plus(dA, product_conj(dw, weight_slope(dt, A, inv, a, w)))
+            if TOKEN_B:
+                p_part = p_dB + o_n * PLANES + j * part_stride
+                store_number(p_part, total(product_conj(ul, w), 1), m_n)
+            else:
+                dB = plus(dB, product_conj(ul, E))
+            after = scaled(plus(old, x), g[None, :])
+            if TOKEN_C:
+                store_number(p_dC + o_n * PLANES + j * part_stride, total(after, 1), m_n)
+            else:
+                dC = plus(dC, after)
+            m = product_conj(l, a)
+            du = real_dot(l, wB, 0) + tl.where(part == 0, D * g * (1 / KAPPA), 0.0)
+            du += tl.load(k_du + j * BLOCK_C, mask=m_c & (part > 0), other=0.0)
+            ddt += tl.load(k_ddt + j * BLOCK_C, mask=m_c & (part > 0), other=0.0)
+            tl.store(k_du + j * BLOCK_C, du)
+            tl.store(k_ddt + j * BLOCK_C, ddt)
+            if GATED:
+                y = KAPPA * real_dot(plus(old, x), C, 0) + tl.where(part == 0, D * u, 0.0)
+                y += tl.load(k_y + j * BLOCK_C, mask=m_c & (part > 0), other=0.0)
+                tl.store(k_y + j * BLOCK_C, y)
         store_number(p_number, m, mask)
         store_number(p_number + TILE, dA, mask)
         store_number(p_number + 2 * TILE, dB, mask)
         store_number(p_number + 3 * TILE, dC, mask)
+
+
+@triton.jit
+def walk_by_differences(
+    m, sums, p_A, p_B, p_C, p_end, o_n, mask, D, k_u, tokens, driven, BLOCK_C: tl.constexpr,
+    AREA: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Walk back through a segment with v = h + B u / A: for complex poles, static B and C, fast.
+
+    No weight, no slope and no stored state; the caller knows that the segment decays little and turns enough.
+    """
+    ACC: tl.constexpr = k_u.dtype.element_ty
+    KAPPA: tl.constexpr = 2.0
+    h = load_number(p_end + o_n * 2, mask, ACC, False)
+    A = pole(load_number(p_A + o_n * 2, mask, ACC, False))
+    B = load_number(p_B + o_n * 2, mask, ACC, False)
+    C = load_number(p_C + o_n * 2, mask, ACC, False)
+    rate = rates(A, FAST)
+    shift = over(B, A)
+    skip = D * (1 / KAPPA) - real_dot(shift, C, 0)
+    dA, dB, dC = sums
+    k_j = k_u + (tokens - 1) * BLOCK_C
+    u = tl.load(k_j)
+    v = plus(h, scaled(shift, u[None, :]))
+    dA = plus(dA, product_conj(dB, over(shift, A)))
+    dB = minus(dB, scaled(m, u[None, :]))
+    drawn = real_dot(shift, m, 0)
+    for _ in range(tokens):
+        u_before = tl.load(k_j - BLOCK_C)
+        dt = tl.load(k_j + AREA)[None, :]
+        g = tl.load(k_j + 2 * AREA)
+        if GATED:
+            tl.store(k_j + 5 * AREA, KAPPA * (real_dot(v, C, 0) + skip * u))
+        a, back = decay_and_inverse(dt, rate, FAST)
+        l = plus(m, scaled(C, g[None, :]))
+        dC = plus(dC, scaled(v, g[None, :]))
+        q = product_conj(l, v)
+        dA = plus(dA, scaled(q, dt))
+        ddt = LN2 * tl.sum(q[0] * rate[0], axis=0) + TURN * tl.sum(q[1] * rate[1], axis=0)
+        m = product_conj(l, a)
+        du = skip * g - drawn
+        drawn = real_dot(shift, m, 0)
+        tl.store(k_j + 3 * AREA, du + drawn)
+        tl.store(k_j + 4 * AREA, ddt)
+        rise = (u - u_before)[None, :]
+        dB = plus(dB, scaled(m, rise))
+        v = minus(product(v, back), scaled(shift, rise))
+        u = u_before
+        k_j -= BLOCK_C
+    dC = minus(dC, scaled(shift, driven[None, :]))
+    dB = minus(dB, scaled(C, driven[None, :]))
+    A = pole(load_number(p_A + o_n * 2, mask, ACC, False))  # not kept meanwhile
+    dA = minus(dA, product_conj(dB, over(shift, A)))
+    return m, dA, dB, dC
 
 
 @triton.jit(do_not_specialize=["T", "SPAN"])
@@ -231,7 +263,7 @@ def scan_backward(
     TILE: tl.constexpr = BLOCK_C * BLOCK_N * PLANES
     AREA: tl.constexpr = SEGMENT * BLOCK_C
     KEPT: tl.constexpr = 6 * AREA + 3 * BLOCK_C
-    SCRATCH: tl.constexpr = KEPT + 4 * TILE + (WINDOW + SEGMENT // WINDOW) * (TILE // PARTS)
+    SCRATCH: tl.constexpr = KEPT + 4 * TILE + SEGMENT * (TILE // PARTS)
     SIGN: tl.constexpr = -1 if REVERSE else 1
     PART: tl.constexpr = G * BLOCKS * N * PLANES
 
@@ -273,7 +305,7 @@ def scan_backward(
         # places of the segment's first token in the scan's direction; the block's number is hidden from the
         # compiler, since it would keep a register for every address from one segment to the next
         number = before + segments - 1 - i
-        tokens = tl.minimum(SEGMENT, length - number * SEGMENT)
+        tokens = opaque(tl.minimum(SEGMENT, length - number * SEGMENT), FAST == MUFU)
         first = origin + SIGN * number * SEGMENT
         m_c, o_c, head, lane = channels_of(i_g, opaque(i_c, FAST == MUFU), OF_GROUP, P, BLOCK_C)
         mask = m_c[None, :] & (o_n < N)
@@ -332,45 +364,10 @@ def scan_backward(
             difference = (stored == 0) & (angle >= LEAST_ANGLE * tokens)
         if difference:
             if SHIFTED:
-                h = load_number(p_end + o_n * PLANES, mask, ACC, REAL)
-                B = load_number(p_B + o_n * PLANES, mask, ACC, REAL)
-                C = load_number(p_C + o_n * PLANES, mask, ACC, REAL)
-                rate = rates(A, FAST)
-                shift = over(B, A)  # v = h + shift u
-                skip = D * (1 / KAPPA) - real_dot(shift, C, 0)
-                dA, dB, dC = sums
-                k_j = k_u + (tokens - 1) * BLOCK_C
-                u = tl.load(k_j)
-                v = plus(h, scaled(shift, u[None, :]))
-                dA = plus(dA, product_conj(dB, over(shift, A)))
-                dB = minus(dB, scaled(m, u[None, :]))
-                drawn = real_dot(shift, m, 0)
-                for _ in range(tokens):
-                    u_before = tl.load(k_j - BLOCK_C)
-                    dt = tl.load(k_j + AREA)[None, :]
-                    g = tl.load(k_j + 2 * AREA)
-                    if GATED:
-                        tl.store(k_j + 5 * AREA, KAPPA * (real_dot(v, C, 0) + skip * u))
-                    a, back = decay_and_inverse(dt, rate, FAST)
-                    l = plus(m, scaled(C, g[None, :]))
-                    dC = plus(dC, scaled(v, g[None, :]))
-                    q = product_conj(l, v)
-                    dA = plus(dA, scaled(q, dt))
-                    ddt = LN2 * tl.sum(q[0] * rate[0], axis=0) + TURN * tl.sum(q[1] * rate[1], axis=0)
-                    m = product_conj(l, a)
-                    du = skip * g - drawn
-                    drawn = real_dot(shift, m, 0)
-                    tl.store(k_j + 3 * AREA, du + drawn)
-                    tl.store(k_j + 4 * AREA, ddt)
-                    rise = (u - u_before)[None, :]
-                    dB = plus(dB, scaled(m, rise))
-                    v = minus(product(v, back), scaled(shift, rise))
-                    u = u_before
-                    k_j -= BLOCK_C
-                dC = minus(dC, scaled(shift, driven[None, :]))
-                dB = minus(dB, scaled(C, driven[None, :]))
-                A = pole(load_number(p_A + o_n * PLANES, mask, ACC, REAL))  # not kept meanwhile
-                dA = minus(dA, product_conj(dB, over(shift, A)))
+                m, dA, dB, dC = walk_by_differences(
+                    m, sums, p_A, p_B, p_C, p_end, o_n, mask, D, k_u, tokens, driven, BLOCK_C, AREA,
+                    GATED, FAST,
+                )  # fmt: skip
                 sums = dA, dB, dC
         else:
             p_numbers = p_scratch + KEPT

@@ -5,11 +5,13 @@ Numbers are tuples of planes (numbers.py). FAST says how E is computed: ACCURATE
 which is right to a few units of 2**-22 absolute (on NVIDIA, in three special-function instructions).
 """
 
+import math
+
 import triton
 import triton.language as tl
 
 from ..._core.tl_math import cos_approx, exp2_approx, sin_approx
-from .numbers import minus, product, scaled, zero_like
+from .numbers import minus, pick, product, scaled
 
 ACCURATE: tl.constexpr = tl.constexpr(0)
 PORTABLE: tl.constexpr = tl.constexpr(1)
@@ -150,6 +152,29 @@ def half_turned(y):
         return sin, 1.0 - z * (0.5 - z * cos)
 
 
+@triton.constexpr_function
+def slope_coefficient(k):
+    """Of z^k in the series of 2 chi / dt^2."""
+    return 2 * (k + 1) / math.factorial(k + 2)
+
+
+@triton.jit
+def slope_series(z, TERMS: tl.constexpr):
+    """sum_k 2 (k+1)/(k+2)! z^k; for complex z by division by its real quadratic, two products a term."""
+    last = tl.full(z[0].shape, slope_coefficient(TERMS), z[0].dtype)
+    if len(z) == 1:
+        for k in tl.static_range(TERMS - 1, -1, -1):
+            last = slope_coefficient(k) + z[0] * last
+        return (last,)
+    else:
+        twice = 2.0 * z[0]
+        norm = z[0] * z[0] + z[1] * z[1]
+        before = tl.zeros_like(last)
+        for k in tl.static_range(TERMS - 1, 0, -1):
+            last, before = slope_coefficient(k) + (twice * last - norm * before), last
+        return 1.0 + (z[0] * last - norm * before), z[1] * last
+
+
 @triton.jit
 def weight_slope(dt, A, inv, a, w):
     """chi = dw / dA of the weight w = E / A: (dt a - w) / A, by a series near 0.
@@ -161,22 +186,8 @@ def weight_slope(dt, A, inv, a, w):
     if len(A) == 2:
         size = tl.maximum(size, tl.abs(A[1]))
     near = dt * size < 0.25
-    z = scaled(A, tl.where(near, dt, 0.0))
-    far = product(minus(scaled(a, dt), w), inv)
-    series = zero_like(z)
-    for k in tl.static_range(TERMS, 0, -1):
-        if len(A) == 1:
-            series = ((1.0 + series[0]) * z[0] * ((k + 1.0) / (k * (k + 2.0))),)
-        else:
-            series = scaled(product((1.0 + series[0], series[1]), z), (k + 1.0) / (k * (k + 2.0)))
-    scale = 0.5 * dt * dt
-    if len(A) == 1:
-        return (tl.where(near, scale + scale * series[0], far[0]),)
-    else:
-        return (
-            tl.where(near, scale + scale * series[0], far[0]),
-            tl.where(near, scale * series[1], far[1]),
-        )
+    series = slope_series(scaled(A, tl.where(near, dt, 0.0)), TERMS)
+    return pick(near, scaled(series, 0.5 * dt * dt), product(minus(scaled(a, dt), w), inv))
 
 
 @triton.jit

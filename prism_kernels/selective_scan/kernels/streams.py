@@ -63,28 +63,28 @@ def prepare(
     bias = tl.zeros([BLOCK_C], ACC)
     if BIASED:
         bias += tl.load(p_bias, mask=m_c, other=0.0).to(ACC)
-    time = tl.zeros([ROWS, BLOCK_C], ACC)
-    driven = tl.zeros([ROWS, BLOCK_C], ACC)
+    time = tl.zeros([BLOCK_C, ROWS], ACC)
+    driven = tl.zeros([BLOCK_C, ROWS], ACC)
     for i in range(tl.cdiv(tokens, ROWS)):
         o_t = i * ROWS + tl.arange(0, ROWS)
-        inside = (o_t < tokens)[:, None]
-        mask = inside & m_c[None, :]
-        o_kept = o_t[:, None] * BLOCK_C + o_c[None, :]
-        t = o_t.to(tl.int64)[:, None]
-        u = tl.load(p_u[None, :] + t * strides[0], mask=mask, other=0.0).to(ACC)
-        raw = tl.load(p_dt[None, :] + t * strides[1], mask=mask, other=0.0).to(ACC)
-        g = KAPPA * tl.load(p_dy[None, :] + t * strides[2], mask=mask, other=0.0).to(ACC)
+        inside = (o_t < tokens)[None, :]
+        mask = inside & m_c[:, None]
+        o_kept = o_t[None, :] * BLOCK_C + o_c[:, None]
+        t = o_t.to(tl.int64)[None, :]
+        u = tl.load(p_u[:, None] + t * strides[0], mask=mask, other=0.0).to(ACC)
+        raw = tl.load(p_dt[:, None] + t * strides[1], mask=mask, other=0.0).to(ACC)
+        g = KAPPA * tl.load(p_dy[:, None] + t * strides[2], mask=mask, other=0.0).to(ACC)
         if GATED:
-            z = tl.load(p_z[None, :] + t * strides[3], mask=mask, other=0.0).to(ACC)
+            z = tl.load(p_z[:, None] + t * strides[3], mask=mask, other=0.0).to(ACC)
             g *= gate(z, FAST)[0]
-        dt = tl.where(mask, step_size(raw + bias[None, :], SOFTPLUS, FAST)[0], 0.0)
+        dt = tl.where(mask, step_size(raw + bias[:, None], SOFTPLUS, FAST)[0], 0.0)
         tl.store(k_u + o_kept, u, mask=inside)
         tl.store(k_dt + o_kept, dt, mask=inside)
         tl.store(k_g + o_kept, g, mask=inside)
         time += dt
         driven += g * u
-    tl.store(k_sums + o_c, tl.sum(time, axis=0))
-    tl.store(k_sums + BLOCK_C + o_c, tl.sum(driven, axis=0))
+    tl.store(k_sums + o_c, tl.sum(time, axis=1))
+    tl.store(k_sums + BLOCK_C + o_c, tl.sum(driven, axis=1))
 
 
 @triton.jit
@@ -101,25 +101,25 @@ def finish(
     bias = tl.zeros([BLOCK_C], ACC)
     if BIASED:
         bias += tl.load(p_bias, mask=m_c, other=0.0).to(ACC)
-    summed = tl.zeros([ROWS, BLOCK_C], ACC)
+    summed = tl.zeros([BLOCK_C, ROWS], ACC)
     for i in range(tl.cdiv(tokens, ROWS)):
         o_t = i * ROWS + tl.arange(0, ROWS)
-        mask = (o_t < tokens)[:, None] & m_c[None, :]
-        o_kept = o_t[:, None] * BLOCK_C + o_c[None, :]
-        t = o_t.to(tl.int64)[:, None]
+        mask = (o_t < tokens)[None, :] & m_c[:, None]
+        o_kept = o_t[None, :] * BLOCK_C + o_c[:, None]
+        t = o_t.to(tl.int64)[None, :]
         o_out = t * strides[2]
         du = tl.load(k_du + o_kept, mask=mask, other=0.0)
         ddt = tl.load(k_ddt + o_kept, mask=mask, other=0.0)
         if SOFTPLUS:
-            raw = tl.load(p_dt[None, :] + t * strides[1], mask=mask, other=0.0).to(ACC)
-            ddt *= step_size(raw + bias[None, :], SOFTPLUS, FAST)[1]
-        tl.store(p_du[None, :] + o_out, narrow(du, p_du.dtype.element_ty), mask=mask)
-        tl.store(p_ddt[None, :] + o_out, narrow(ddt, p_ddt.dtype.element_ty), mask=mask)
+            raw = tl.load(p_dt[:, None] + t * strides[1], mask=mask, other=0.0).to(ACC)
+            ddt *= step_size(raw + bias[:, None], SOFTPLUS, FAST)[1]
+        tl.store(p_du[:, None] + o_out, narrow(du, p_du.dtype.element_ty), mask=mask)
+        tl.store(p_ddt[:, None] + o_out, narrow(ddt, p_ddt.dtype.element_ty), mask=mask)
         summed += ddt
         if GATED:
             y = tl.load(k_y + o_kept, mask=mask, other=0.0)
-            dy = tl.load(p_dy[None, :] + t * strides[2], mask=mask, other=0.0).to(ACC)
-            z = tl.load(p_z[None, :] + t * strides[3], mask=mask, other=0.0).to(ACC)
+            dy = tl.load(p_dy[:, None] + t * strides[2], mask=mask, other=0.0).to(ACC)
+            z = tl.load(p_z[:, None] + t * strides[3], mask=mask, other=0.0).to(ACC)
             dz = dy * y * gate(z, FAST)[1]
-            tl.store(p_dz[None, :] + o_out, narrow(dz, p_dz.dtype.element_ty), mask=mask)
-    return tl.sum(summed, axis=0)
+            tl.store(p_dz[:, None] + o_out, narrow(dz, p_dz.dtype.element_ty), mask=mask)
+    return tl.sum(summed, axis=1)
