@@ -174,6 +174,23 @@ def run_scan(method: str, t: Tensors, impl: str) -> Tensors:
     return {"y": selective_scan(**t, discretization=method, impl=impl).y}
 
 
+def to_channelwise(t: Tensors) -> Tensors:
+    """The same call with every channel a head of its own."""
+    P = t["u"].shape[3]
+    wide = {n: t[n].repeat_interleave(P, 0) for n in "ABC"}
+    return wide | {"u": t["u"].flatten(2)[..., None], "dt": t["dt"].repeat_interleave(P, 2)}
+
+
+def channelwise_path(run: Run, setting: Setting) -> Adapter:
+    """Our PyTorch path token by token, where a step size per head lets it use matrices."""
+    P = setting.sizes["P"]
+    if P == 1:
+        raise Skip("is the torch path itself at one channel per head")
+    return Adapter(
+        partial(run, impl="torch"), to_channelwise, lambda o: {"y": o["y"][..., 0].unflatten(2, (-1, P))}
+    )
+
+
 def define_scan(method: str, setting: Setting, product_dtype: torch.dtype | None) -> Callable:
     def definition(t: Tensors) -> Tensors:
         return {"y": scan_reference(**t, discretization=method, product_dtype=product_dtype)[0]}
@@ -218,6 +235,7 @@ for name, method, cpu in (
         ),
         run,
     )
+    register(name, "torch channelwise", partial(channelwise_path, run), ours=True, default=False)
 
 
 def draw_step(setting: Setting) -> Tensors:

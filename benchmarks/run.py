@@ -13,6 +13,9 @@ is not timed, and the run goes on. On a CPU the repeats of all providers of one 
 direction are interleaved; on a GPU `triton.testing.do_bench` times one after the other. The file is
 replaced after every row.
 
+Where others use the same cores, OpenMP's threads wait by spinning for one that does not run, and a call of
+many small steps takes up to fifty times as long. Set OMP_WAIT_POLICY=PASSIVE there, or --threads 1.
+
 A provider that ends the whole process (a segmentation fault, an abort, the kernel's out-of-memory killer) is
 tried once more by `--resume`; when the process dies again in the same step, its row says so, and the next
 `--resume` gets past it (`attempts.py`).

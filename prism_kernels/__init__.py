@@ -17,10 +17,12 @@ from .gated_delta_rule import (
 )
 from .rms_norm import RMSNormOutput, rms_norm
 from .selective_scan import (
+    SelectiveScanBidirectionalOutput,
     SelectiveScanOutput,
     SelectiveScanStepOutput,
     mamba_chunk_scan_combined,
     selective_scan,
+    selective_scan_bidirectional,
     selective_scan_fn,
     selective_scan_step,
     selective_state_update,
@@ -35,6 +37,7 @@ __all__ = [
     "GatedDeltaRuleOutput",
     "GatedDeltaRuleStepOutput",
     "RMSNormOutput",
+    "SelectiveScanBidirectionalOutput",
     "SelectiveScanOutput",
     "SelectiveScanStepOutput",
     "causal_conv1d",
@@ -47,6 +50,7 @@ __all__ = [
     "mamba_chunk_scan_combined",
     "rms_norm",
     "selective_scan",
+    "selective_scan_bidirectional",
     "selective_scan_fn",
     "selective_scan_step",
     "selective_state_update",

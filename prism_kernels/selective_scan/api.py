@@ -46,6 +46,7 @@ def selective_scan(
     reverse: bool = False,
     discretization: str = "zoh",
     accuracy: str = "accurate",
+    allow_growth: bool = False,
     impl: str | None = None,
 ) -> SelectiveScanOutput:
     """Run a selective state-space recurrence with a complex diagonal and zero-order hold.
@@ -56,7 +57,8 @@ def selective_scan(
 
     Numerics: everything but u, z and y is computed in float32 (float64 for float64 u) and the state is
     kept in it. The weight (exp(dt A) - 1) / A is accurate to rounding as dt A goes to 0, and is dt
-    where A = 0. Any dt >= 0 and Re A <= 0 give finite results. Deterministic bit for bit, causal bit
+    where A = 0. Any dt >= 0 and Re A <= 0 give finite results; states that grow (`allow_growth`) are
+    finite up to the range of that dtype. Deterministic bit for bit, causal bit
     for bit. First-order gradients only, except impl="reference".
 
     Args:
@@ -81,6 +83,8 @@ def selective_scan(
         discretization: "zoh" or "euler".
         accuracy: How the Triton path computes exp(dt A): "accurate", to rounding relative to |dt A|, or
             "fast", by special-function instructions, right to about 1e-6 absolute (README, "Two accuracies").
+        allow_growth: Whether Re A > 0 is meant; else it is an error where values are checked (on the CPU
+            and under PRISM_CHECK=1). Growing states are on the "torch" and "reference" paths only.
         impl: None chooses by device; "triton", "torch" or "reference" forces a path.
 
     Returns:
@@ -88,7 +92,7 @@ def selective_scan(
 
     Raises:
         ValueError: a wrong rank, shape, device or value. TypeError: a wrong dtype.
-        NotImplementedError: the call needs what the forced path lacks.
+        NotImplementedError: the call needs what the path lacks: `allow_growth` on "triton".
 
     Example:
         >>> u, dt = torch.randn(2, 50, 4, 8), torch.rand(2, 50, 4)
@@ -101,9 +105,9 @@ def selective_scan(
     equations 3 and 4.
     """
     check_inputs(OP, u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, discretization, accuracy)
-    path = choose_impl(OP, impl, u.device)
+    path = choose_path(OP, impl, u, allow_growth)
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
-    y, state = dispatch(tensors, dt_softplus, reverse, discretization, accuracy, path)
+    y, state = dispatch(tensors, dt_softplus, reverse, discretization, accuracy, allow_growth, path)
     return SelectiveScanOutput(y, state if output_final_state else None)
 
 
@@ -121,6 +125,7 @@ def selective_scan_step(
     dt_softplus: bool = False,
     discretization: str = "zoh",
     accuracy: str = "accurate",
+    allow_growth: bool = False,
     state_indices: Tensor | None = None,
     inplace: bool = False,
     impl: str | None = None,
@@ -134,7 +139,7 @@ def selective_scan_step(
         state: c[B,H,P,N], in pairs or real as A is. With `state_indices` the pool c[S,H,P,N].
         u: Input, r[B,H,P].
         dt: Step size, r[B,H].
-        A, D, dt_bias, dt_softplus, discretization, accuracy, impl: As in `selective_scan`.
+        A, D, dt_bias, dt_softplus, discretization, accuracy, allow_growth, impl: As in `selective_scan`.
         B, C: Static c[H,N] or c[H,P,N], or input-dependent c[B,G,N]. Where [H,P,N] and [B,G,N] are the
             same shape, say which: [1,H,P,N] is static, [B,1,G,N] is input-dependent.
         z: Gate, like u.
@@ -152,6 +157,7 @@ def selective_scan_step(
         ValueError: a wrong rank, shape, device or value; an index beyond the pool or given twice (found on
             the CPU and under PRISM_CHECK=1; else one beyond the pool counts as padding); in place, a
             `state` that requires a gradient or overlaps itself. TypeError: a wrong dtype.
+        NotImplementedError: the call needs what the path lacks: `allow_growth` on "triton".
 
     Example:
         >>> A, B, C = -torch.ones(4, 16), torch.ones(4, 16), torch.ones(4, 16)
@@ -173,11 +179,11 @@ def selective_scan_step(
     elif inplace and torch.is_grad_enabled():
         h0 = state.clone()
     check_inputs(STEP, u, dt, A, B, C, D, z, dt_bias, h0, None, discretization, accuracy)
-    path = choose_impl(STEP, impl, u.device)
+    path = choose_path(STEP, impl, u, allow_growth)
     if slot is not None:
         u, dt, B, C, z = pool.of_live(slot < state.shape[0], u, dt, B, C, z, dt_bias, A)
     tensors = (u, dt, A, B, C, D, z, dt_bias, h0, None)
-    y, new = dispatch(tensors, dt_softplus, False, discretization, accuracy, path)
+    y, new = dispatch(tensors, dt_softplus, False, discretization, accuracy, allow_growth, path)
     if slot is not None:
         y = pool.where_live(slot < state.shape[0], y)
         new = pool.write(state, slot, new.detach()) if inplace else pool.replaced(state, slot, new)
@@ -186,12 +192,19 @@ def selective_scan_step(
     return SelectiveScanStepOutput(y[:, 0], new)
 
 
+def choose_path(name: str, impl: str | None, u: Tensor, allow_growth: bool) -> str:
+    """The path for tensors like `u`. By the option alone: on a GPU nobody looks at the poles."""
+    lacks = ["growing states (allow_growth=True)"] if allow_growth else []
+    return choose_impl(name, impl, u.device, triton_lacks=lacks)
+
+
 def dispatch(
     tensors: tuple[Any, ...],
     dt_softplus: bool,
     reverse: bool,
     discretization: str,
     accuracy: str,
+    allow_growth: bool,
     path: str,
 ) -> tuple[Tensor, Tensor]:
     """Run a checked call on one path; the state comes back in the form of `A`.
@@ -207,7 +220,7 @@ def dispatch(
     initial_state = None if initial_state is None else convert(initial_state, A)
     if path == "reference":
         if checks.values_are_checked(u):
-            frame.check_values(OP, u, dt, dt_bias, A, cu_seqlens, dt_softplus)
+            frame.check_values(OP, u, dt, dt_bias, A, cu_seqlens, dt_softplus, allow_growth)
         y, state = scan_reference(
             u,
             dt,
@@ -226,7 +239,7 @@ def dispatch(
         return y, torch.view_as_real(state) if A.ndim == 3 else state
     given = (u, dt, to_pairs(A, A), B, C, D, z, dt_bias, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    options = (dt_softplus, reverse, euler, accuracy == "accurate", save, path)
+    options = (dt_softplus, reverse, euler, accuracy == "accurate", allow_growth, save, path)
     y, state, *_ = op.selective_scan_fwd(*given, cu_seqlens, *options)
     return y, torch.view_as_complex(state) if A.is_complex() else state
 

@@ -129,8 +129,8 @@ def discretise(dt: Tensor, A: Tensor, euler: bool, scratch: Scratch) -> tuple[Te
     if not A.is_complex():
         a, rise = gain, x
     else:
-        torch.mul(dt, A.imag, out=y)
-        torch.sin(y, out=turn).mul_(gain).neg_()
+        torch.mul(dt, -A.imag, out=y)  # the other way round: what is wanted is conjugated
+        torch.sin(y, out=turn).mul_(gain)
         a = torch.complex(gain.mul_(torch.cos(y, out=cos)), turn, out=scratch("a", shape, A))
         if not euler:
             half = y.mul_(0.5).sin_().square_()

@@ -15,6 +15,11 @@ from .._core.runtime import accumulate_dtype
 from . import blocks, torch_impl
 from .discrete import Params, ScanGradients
 
+DECAY = (
+    "Parametrise it, for example `A = -exp(log_rate) + 1j * freq`; or have growing states, on the 'torch' "
+    "and 'reference' paths, by `allow_growth=True`."
+)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -237,15 +242,15 @@ def check_values(
     A: Tensor,
     cu_seqlens: Tensor | None,
     dt_softplus: bool,
+    allow_growth: bool,
 ) -> None:
     """The checks that read data; `A` is real, complex, or pairs [H,N,2]."""
     T = u.shape[1]
     if cu_seqlens is not None:
         checks.check_cu_seqlens_values(op, cu_seqlens, T)
-    real = A.real if A.is_complex() else (A[..., 0] if A.ndim == 3 else A)
-    checks.check_not_positive(
-        op, "Re A", real, "Parametrise it, for example `A = -exp(log_rate) + 1j * freq`."
-    )
+    if not allow_growth:
+        real = A.real if A.is_complex() else (A[..., 0] if A.ndim == 3 else A)
+        checks.check_not_positive(op, "Re A", real, DECAY)
     if dt_softplus:
         return
     used = dt if cu_seqlens is None else dt[:, : int(cu_seqlens[-1])]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._core import checks
-from .api import selective_scan, selective_scan_step, to_pairs
+from .api import choose_path, selective_scan, selective_scan_step, to_pairs
 
 SCAN, UPDATE = "selective_scan_fn", "selective_state_update"
 BEFORE_TIME = "Inputs are [B, D, L]: channels before time."
@@ -38,12 +38,12 @@ def selective_scan_fn(
     Signature and meaning of mamba_ssm.ops.selective_scan_interface.selective_scan_fn. It is
     `selective_scan` with one channel per head and discretization="euler"; there a complex C is
     conjugated, here it is not. Numerics, ranges and determinism are as there. Gradients flow through
-    the last state too.
+    the last state too. Re A > 0 is for the "torch" and "reference" paths.
 
     Args:
         u: Input, r[B,D,L], float16, bfloat16, float32 or float64; any strides.
         delta: Step size per channel, r[B,D,L], >= 0 after bias and softplus.
-        A: Diagonal, r[D,N] or c[D,N], Re A <= 0; a complex one stands for N conjugate pairs.
+        A: Diagonal, r[D,N] or c[D,N]; a complex one stands for N conjugate pairs.
         B: Input weights, static [D,N] in the form of A, or real and input-dependent [B,N,L] or
             [B,G,N,L], D a multiple of G. With a complex A these end in 2L: real and imaginary parts
             take turns.
@@ -93,6 +93,7 @@ def selective_scan_fn(
         dt_softplus=delta_softplus,
         output_final_state=return_last_state,
         discretization="euler",
+        allow_growth=may_grow(SCAN, impl, u),
         impl=impl,
     )
     if state is None:
@@ -132,7 +133,7 @@ def selective_state_update(
             state_batch_indices the pool r[S,D,N] or r[S,H,D,N].
         x: Input, r[B,D] or r[B,H,D].
         dt: Step size, like x.
-        A: Diagonal, r[D,N] or r[H,D,N], <= 0.
+        A: Diagonal, r[D,N] or r[H,D,N]; one > 0 is for the "torch" and "reference" paths.
         B, C: Weights of the token, r[B,N] or r[B,G,N], H a multiple of G.
         D, dt_bias: r[D] or r[H,D].
         z: Gate, like x.
@@ -182,6 +183,7 @@ def selective_state_update(
         dt_bias=dt_bias,
         dt_softplus=dt_softplus,
         discretization="euler",
+        allow_growth=may_grow(UPDATE, impl, x),
         state_indices=state_batch_indices,
         inplace=not follows,
         impl=impl,
@@ -189,6 +191,11 @@ def selective_state_update(
     if follows or pool.data_ptr() != state.data_ptr():  # a copy, where heads and channels do not merge
         state.copy_(new.view(state.shape))
     return y.reshape(x.shape)
+
+
+def may_grow(name: str, impl: str | None, x: Tensor) -> bool:
+    """Whether the path for tensors like `x` has growing states, which mamba_ssm takes unasked."""
+    return choose_path(name, impl, x, allow_growth=False) != "triton"
 
 
 def _tokens_first(x: Tensor, A: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from .._core import checks
 from .._core.runtime import accumulate_dtype
 from .api import selective_scan
+from .mamba import may_grow
 
 OP = "mamba_chunk_scan_combined"
 NO_LIMIT = (0.0, float("inf"))
@@ -47,7 +48,7 @@ def mamba_chunk_scan_combined(
     Args:
         x: Input, r[B,T,H,P], float16, bfloat16, float32 or float64; any strides.
         dt: Step size per head, r[B,T,H].
-        A: One pole per head, r[H], <= 0.
+        A: One pole per head, r[H]; one > 0 is for the "torch" and "reference" paths.
         B, C: Weights, r[B,T,G,N], H a multiple of G.
         chunk_size: At least 1. Ours is chosen by shape; no result depends on it.
         D: Skip weights, r[H] or r[H,P].
@@ -110,6 +111,7 @@ def mamba_chunk_scan_combined(
         output_final_state=return_final_states or return_varlen_states,
         cu_seqlens=bounds,
         discretization="euler",
+        allow_growth=may_grow(OP, impl, x),
         impl=impl,
     )
     results = [y.view(x.shape)]

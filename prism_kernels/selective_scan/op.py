@@ -33,6 +33,7 @@ def selective_scan_fwd(
     reverse: bool,
     euler: bool,
     accurate: bool,
+    growing: bool,
     save: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -40,7 +41,7 @@ def selective_scan_fwd(
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
     with without_autocast(u.device):
         if checks.values_are_checked(u):
-            frame.check_values(OP, u, dt, dt_bias, A, cu_seqlens, dt_softplus)
+            frame.check_values(OP, u, dt, dt_bias, A, cu_seqlens, dt_softplus, growing)
         if impl == "triton":
             from . import launch
 
@@ -51,9 +52,8 @@ def selective_scan_fwd(
 
 
 @selective_scan_fwd.register_fake
-def _(
-    u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, softplus, reverse, euler, accurate, save, impl
-):
+def _(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, softplus, reverse, euler, *options):
+    save, impl = options[-2:]
     wide = accumulate_dtype(u.dtype)
     (batch, _T, H, P), N, pair = u.shape, B.shape[1 - A.ndim], tuple(A.shape[2:])
     rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -92,6 +92,7 @@ def selective_scan_bwd(
     reverse: bool,
     euler: bool,
     accurate: bool,
+    growing: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; empty where there is no input."""
@@ -99,7 +100,7 @@ def selective_scan_bwd(
     options = (dt_softplus, reverse, euler)
     with without_autocast(u.device):
         if residuals[0].ndim == 1 and (impl == "triton" or cu_seqlens is None):
-            final_state, *kept = selective_scan_fwd(*tensors, *options, accurate, True, impl)[1:]
+            final_state, *kept = selective_scan_fwd(*tensors, *options, accurate, growing, True, impl)[1:]
             residuals = [*kept, final_state]
         if impl == "triton":
             from . import launch
@@ -117,9 +118,9 @@ def _(dy, dfinal, residuals, u, dt, A, B, C, D, z, dt_bias, initial_state, *opti
 
 
 def _save(ctx, inputs, output):
-    *tensors, dt_softplus, reverse, euler, accurate, _save, impl = inputs
+    *tensors, dt_softplus, reverse, euler, accurate, growing, _save, impl = inputs
     ctx.save_for_backward(*tensors, *output[2:], output[1])
-    ctx.options = dt_softplus, reverse, euler, accurate, impl
+    ctx.options = dt_softplus, reverse, euler, accurate, growing, impl
     ctx.set_materialize_grads(False)
 
 
@@ -128,7 +129,7 @@ def _backward(ctx, dy, dfinal, *_):
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
     grads = selective_scan_bwd(dy, dfinal, list(residuals), *tensors, *ctx.options)
     given = (x is not None for x in tensors[:9])
-    return *(d if here else None for d, here in zip(grads, given, strict=True)), *(None,) * 7
+    return *(d if here else None for d, here in zip(grads, given, strict=True)), *(None,) * 8
 
 
 selective_scan_fwd.register_autograd(_backward, setup_context=_save)

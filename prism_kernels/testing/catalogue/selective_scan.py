@@ -278,7 +278,7 @@ def opcheck(case: Case, impl: str) -> list[tuple]:
     for i in (0, 1, 5, 6, 7):
         inputs[i] = None if inputs[i] is None else inputs[i].requires_grad_()
     softplus, reverse, method = (case.options.get(n, False) for n in OPTIONS)
-    options = (softplus, reverse, method == "euler", case.options.get("accuracy") != "fast")
+    options = (softplus, reverse, method == "euler", case.options.get("accuracy") != "fast", False)
     detached = [None if x is None else x.detach() for x in inputs]
     y, final_state, *residuals = selective_scan_fwd(*detached, *options, True, impl)
     residuals.append(final_state)
