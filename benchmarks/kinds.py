@@ -2,7 +2,8 @@
 
 `benchmark` files are rows of `python -m benchmarks run`; the others are single measurements with a script of
 their own: `published` times us against other people's code, `demo` is the demonstration's report,
-`compile report` is what the kernels compile to, and `traffic` is what they load, store and multiply.
+`compile report` is what the kernels compile to, `traffic` is what they load, store and multiply, and `drift`
+is how errors add up over a long sequence.
 """
 
 import json
@@ -75,10 +76,20 @@ def _traffic(data: dict) -> list[str]:
     return problems if data.get("versions") else [*problems, "no versions"]
 
 
+def _drift(data: dict) -> list[str]:
+    problems = [] if data.get("rows") else ["no rows"]
+    for row in data.get("rows", []):
+        found = [row.get(way, math.nan) for way in ("accurate", "fast", "special", "plain PyTorch")]
+        if not all(0 < x < 1 for x in found):
+            problems.append(f"steps {row.get('step')}: errors {found}")
+    return problems if data.get("versions") else [*problems, "no versions"]
+
+
 KINDS = {
     "benchmark": None,
     "demo": _demo,
     "published": _published,
     "compile report": _compile_report,
     "traffic": _traffic,
+    "drift": _drift,
 }
