@@ -264,7 +264,7 @@ def _scan_heads(P: int, N: int, dtype: torch.dtype, real: bool = False) -> tuple
     if real:
         inputs = (*inputs[:8], state[:1], *inputs[9:])
     _, final, kept = launch_heads.forward(*inputs, True, True)
-    launch_heads.backward(u, final, kept, *inputs)
+    launch_heads.backward(u, final, kept, *inputs, True)
     return ()
 
 
