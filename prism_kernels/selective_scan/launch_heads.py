@@ -18,7 +18,7 @@ LEAST_STATES = 17  # of a head; narrower blocks repeat products in every warp
 LEAST_SHARE = 0.5  # of the blocks of channels and states that a head fills
 # Numbers of 8 bits that operands of products are split into: in y, and in states and gradients.
 PARTS = {torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.float32: (3, 3)}
-# States of a head, real and complex, up to which nothing spills on sm_90; 0 where the backward always would.
+# States of a head, real and complex, beyond which the backward spills on sm_90; 0 where it always does.
 WIDEST = {torch.bfloat16: (128, 64), torch.float16: (64, 64), torch.float32: (64, 0)}
 
 
@@ -42,7 +42,7 @@ def padded(width: int) -> int:
 
 
 def blocks_of_backward(u: Tensor, A: Tensor) -> dict[str, int]:
-    """Channels and states of a program: the most that does not spill on sm_90."""
+    """Channels and states of a program: the most that its registers hold on sm_90."""
     twice = A.ndim == 2 and u.dtype != torch.float32 and u.shape[3] > CHANNELS
     return {"BP": 2 * CHANNELS if twice else CHANNELS, "BJ": min(STATES, padded(A.shape[1]))}
 
