@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import launch_channels, launch_channels_backward
+from . import launch_channels, launch_channels_backward, launch_heads
 
 
 def forward(
@@ -25,14 +25,16 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return y in the dtype of u, the final state, and what `residuals` describes (none without `save`)."""
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
-    return launch_channels.forward(*tensors, dt_softplus, reverse, euler, accurate, save)
+    run = launch_heads.forward if launch_heads.supports(u, A, B, C) else launch_channels.forward
+    return run(*tensors, dt_softplus, reverse, euler, accurate, save)
 
 
 def residuals(
     u: Tensor, A: Tensor, B: Tensor, C: Tensor, cu_seqlens: Tensor | None
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what `forward` keeps for `backward`."""
-    return launch_channels.residuals(u, A, cu_seqlens)
+    kernels = launch_heads if launch_heads.supports(u, A, B, C) else launch_channels
+    return kernels.residuals(u, A, cu_seqlens)
 
 
 def backward(
@@ -60,6 +62,5 @@ def backward(
     """
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
     kept = [residuals[0], residuals[-1]]
-    return launch_channels_backward.backward(
-        dy, dfinal, kept, *tensors, dt_softplus, reverse, euler, accurate
-    )
+    run = launch_heads.backward if launch_heads.supports(u, A, B, C) else launch_channels_backward.backward
+    return run(dy, dfinal, kept, *tensors, dt_softplus, reverse, euler, accurate)

@@ -3,47 +3,60 @@
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
+from .._core.configs import is_amd
 from .._core.runtime import launch
 from .kernels.heads_backward import heads_adjoint_kernel, heads_backward_kernel
 from .kernels.heads_forward import heads_forward_kernel
 
 CHUNK = 16  # tokens
-WIDEST, WIDEST_FLOAT32 = 128, 64  # states of a head; more would spill
-CHANNELS = 32  # of a program; blocks of 16 would spill, since products then repeat in every warp
+CHANNELS = 32  # of a program
+STATES = 64  # of a block of the backward, at most
 WARPS = 8  # of the backward
+LEAST_STATES = 17  # of a head; narrower blocks repeat products in every warp
+LEAST_SHARE = 0.5  # of the blocks of channels and states that a head fills
+# Numbers of 8 bits that operands of products are split into: in y, and in states and gradients.
+PARTS = {torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.float32: (3, 3)}
+# States of a head, real and complex, beyond which the backward spills on sm_90; 0 where it always does.
+WIDEST = {torch.bfloat16: (128, 64), torch.float16: (64, 64), torch.float32: (64, 0)}
 
 
 def supports(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> bool:
-    """Whether these kernels compute a call with these tensors."""
+    """Whether a call is for these kernels: by shape and dtype alone.
+
+    They are taken where they need fewer instructions than the channelwise ones (README, "Which calls take
+    them"). A single token is not: a chunk would do the work of 16 for it, while either way a step moves the
+    same bytes, its state in and out.
+    """
+    (T, _, P), N = u.shape[1:], A.shape[1]
     by_channel = A.ndim + 1 in (B.ndim, C.ndim)
-    widest = WIDEST if u.dtype == torch.bfloat16 else WIDEST_FLOAT32
-    return u.shape[3] >= 8 and A.shape[1] <= widest and not by_channel and u.dtype != torch.float64
+    widest = WIDEST.get(u.dtype, (0, 0))[A.ndim - 2]
+    blocks = -(-P // CHANNELS) * CHANNELS * padded(N)
+    return T > 1 and not by_channel and LEAST_STATES <= N <= widest and LEAST_SHARE * blocks <= P * N
 
 
 def padded(width: int) -> int:
     """Width of a block in registers."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
-def states_at_once(N: int, wide: bool) -> int:
-    """States of a block in the backward."""
-    return 64 if 32 < N <= 64 and not wide else 32
+def blocks_of_backward(u: Tensor, A: Tensor) -> dict[str, int]:
+    """Channels and states of a program: the most that its registers hold on sm_90."""
+    twice = A.ndim == 2 and u.dtype != torch.float32 and u.shape[3] > CHANNELS
+    return {"BP": 2 * CHANNELS if twice else CHANNELS, "BJ": min(STATES, padded(A.shape[1]))}
 
 
 def rows_of_chunks(batch: int, T: int, cu_seqlens: Tensor | None) -> int:
     """Rows of stored states: exact, or for packed sequences the bound of `_core/chunk_rows.py`."""
-    return batch * triton.cdiv(T, CHUNK) if cu_seqlens is None else T // CHUNK + cu_seqlens.shape[0] - 1
+    return batch * -(-T // CHUNK) if cu_seqlens is None else T // CHUNK + cu_seqlens.shape[0] - 1
 
 
 def residuals(u: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what the forward keeps: the state before every chunk, by planes."""
     batch, T, H, P = u.shape
     rows = rows_of_chunks(batch, T, cu_seqlens)
-    dtype = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
-    return [((rows, H, 1 if A.ndim == 2 else 2, A.shape[1], P), dtype)]
+    return [((rows, H, 1 if A.ndim == 2 else 2, A.shape[1], P), torch.float32)]
 
 
 def ready(x: Tensor, axes: int) -> Tensor:
@@ -81,10 +94,10 @@ def forward(
     tensors, strides = arguments(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
     launch(
         heads_forward_kernel,
-        (S * H * triton.cdiv(P, common["BP"]),),
+        (S * H * -(-P // CHANNELS),),
         *tensors, y, final, states, T, *strides,
         FIRST=initial_state is not None, SAVE=save, num_stages=1,
-        num_warps=8 if common["WIDE"] or common["BN"] > 64 else 4, **common,
+        num_warps=8 if common["ONE"] > 1 or common["BN"] > 64 else 4, **common,
     )  # fmt: skip
     return y, final, [states]
 
@@ -106,6 +119,7 @@ def backward(
     dt_softplus: bool,
     reverse: bool,
     euler: bool,
+    accurate: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and the initial state, empty where there is no input."""
     batch, T, H, P = u.shape
@@ -113,7 +127,8 @@ def backward(
     S = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     common = constants(u, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, reverse, euler)
     tensors, strides = arguments(u, dt, A, B, C, D, z, dt_bias, dfinal, cu_seqlens)
-    NP, BJ = triton.cdiv(P, common["BP"]), states_at_once(N, common["WIDE"])
+    common |= blocks_of_backward(u, A)
+    NP, NJ = -(-P // common["BP"]), -(-N // common["BJ"])
     dy, states = dy.contiguous(), residuals[0]
     R, ends = states.shape[0], torch.empty_like(states)
     empty = torch.empty if cu_seqlens is None else torch.zeros
@@ -130,27 +145,26 @@ def backward(
     dinitial = torch.empty((S, H, P, N, *pair), dtype=torch.float32, device=u.device)
     launch(
         heads_adjoint_kernel,
-        (S * H * NP * triton.cdiv(N, BJ),),
+        (S * H * NP * NJ,),
         *tensors, dy, ends, dinitial, T, *strides,
-        DFINAL=dfinal is not None, BJ=BJ, num_warps=4, num_stages=1, **common,
+        DFINAL=dfinal is not None, num_warps=4, num_stages=1, **common,
     )  # fmt: skip
     launch(
         heads_backward_kernel,
         (R * H * NP * 2,),
         *tensors, dy, states, ends, du, ddt, dA, dB, dC, dD, dz, T, S, R, *strides,
-        BJ=BJ, num_warps=WARPS, num_stages=1, **common,
+        num_warps=WARPS, num_stages=1, **common,
     )  # fmt: skip
     ddt = ddt.sum(0)
-    nothing = u.new_empty(0)
     return (
         du,
         ddt.to(dt.dtype),
         dA.sum((0, 1, 3)).to(A.dtype),
         *(folded(d, x, A) for d, x in ((dB, B), (dC, C))),
-        nothing if D is None else dD.sum(0 if D.ndim == 2 else (0, 2)).to(D.dtype),
+        u.new_empty(0) if D is None else dD.sum(0 if D.ndim == 2 else (0, 2)).to(D.dtype),
         dz,
-        nothing if dt_bias is None else ddt.sum((0, 1)).to(dt_bias.dtype),
-        nothing if initial_state is None else dinitial.to(initial_state.dtype),
+        u.new_empty(0) if dt_bias is None else ddt.sum((0, 1)).to(dt_bias.dtype),
+        u.new_empty(0) if initial_state is None else dinitial.to(initial_state.dtype),
     )
 
 
@@ -217,5 +231,7 @@ def constants(
         "SOFTPLUS": dt_softplus,
         "PACKED": cu_seqlens is not None,
         "REVERSE": reverse,
-        "WIDE": u.dtype != torch.bfloat16,
+        "ONE": PARTS[u.dtype][0],
+        "TWO": PARTS[u.dtype][1],
+        "PTX": not is_amd(u.device),
     }

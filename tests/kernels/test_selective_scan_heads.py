@@ -1,8 +1,10 @@
-"""The per-head kernels of the selective scan, called through their launchers."""
+"""The per-head kernels of the selective scan, called through their launchers; and which calls take them."""
 
 import pytest
 import torch
 
+from prism_kernels import selective_scan, selective_scan_step
+from prism_kernels._core.runtime import record_launches
 from prism_kernels.selective_scan.reference import scan_reference
 from prism_kernels.testing.budgets import LIMIT, errors
 from prism_kernels.testing.inputs import Draw
@@ -66,7 +68,6 @@ def launcher():
 def forward(tensors, **options):
     """y, the final state, the residuals, and the arguments of the launcher."""
     arguments = [pairs(tensors[n]) for n in (*NAMES, "cu_seqlens")] + list((OPTIONS | options).values())
-    assert launcher().supports(*(arguments[i] for i in (0, 2, 3, 4)))
     return *launcher().forward(*arguments, True, True), arguments
 
 
@@ -76,7 +77,7 @@ def forward_backward(tensors, dy, dfinal, **options):
     assert [(tuple(r.shape), r.dtype) for r in residuals] == launcher().residuals(
         arguments[0], arguments[2], arguments[9]
     )
-    grads = launcher().backward(dy, dfinal, residuals, *arguments)
+    grads = launcher().backward(dy, dfinal, residuals, *arguments, True)
     given = {"d" + n: g for n, g in zip(NAMES, grads, strict=True) if tensors[n] is not None}
     return {"y": y, "final_state": final} | given
 
@@ -222,14 +223,88 @@ def test_strides_change_nothing():
     assert torch.equal(forward(tensors)[0], forward(strided)[0])
 
 
-def test_what_is_left_to_the_channel_kernels():
-    supports, A = launcher().supports, torch.zeros(2, 4, 2)
-    u, B = torch.zeros(1, 3, 2, 8), torch.zeros(2, 4, 2)
-    assert supports(u, A, B, B)
-    assert not supports(u[..., :4], A, B, B)
-    assert not supports(u.double(), A, B, B)
-    assert not supports(u, A, B, torch.zeros(2, 8, 4, 2))
-    for dtype, widest in ((torch.float32, 64), (torch.bfloat16, 128)):
-        for N in (widest, widest + 1):
-            A = torch.zeros(2, N, 2)
-            assert supports(u.to(dtype), A, A, A) == (widest == N)
+def launched(dtype=torch.bfloat16, T=18, P=32, N=32, grad=True, **drawn):
+    """Names of the kernels that the public function launches, forward and backward."""
+    options = {n: drawn.pop(n) for n in ("accuracy", "discretization") if n in drawn}
+    tensors = draw(dtype, T=T, P=P, N=N, **drawn)
+    inputs = {
+        n: x if x is None else x.detach().requires_grad_(grad) for n, x in tensors.items() if n in NAMES
+    }
+    with record_launches() as launches:
+        y, state = selective_scan(
+            **inputs,
+            cu_seqlens=tensors["cu_seqlens"],
+            output_final_state=True,
+            impl="triton",
+            **options,
+        )
+        if grad:
+            y.backward(torch.ones_like(y))
+    return {launch.kernel.__name__ for launch in launches}
+
+
+HEADS = {"heads_forward_kernel", "heads_adjoint_kernel", "heads_backward_kernel"}
+CHANNELWISE = {"scan_forward", "scan_backward"}
+MAMBA2 = {"real": True, "tied": True, "weights": "token", "discretization": "euler"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"accuracy": "fast"},
+        {"dtype": torch.float16, "N": 64},
+        {"weights": "token"},
+        {"T": 2},
+        {"bounds": [0, 0, 3, 18]},
+        MAMBA2,
+        MAMBA2 | {"N": 128, "P": 64},
+        MAMBA2 | {"dtype": torch.float32, "N": 64, "P": 64},
+    ],
+    ids=str,
+)
+def test_calls_that_fill_the_blocks_take_these_kernels(call):
+    assert launched(**call) == HEADS
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"T": 1},
+        {"P": 8},
+        {"P": 16, "N": 17},
+        {"N": 16},
+        {"N": 65},
+        {"dtype": torch.float32},
+        {"dtype": torch.float64},
+        MAMBA2 | {"dtype": torch.float32, "N": 65},
+    ],
+    ids=str,
+)
+def test_what_is_left_to_the_channel_kernels(call):
+    assert launched(**call) == CHANNELWISE
+
+
+def test_a_call_without_gradients_takes_the_same_kernel_as_one_with():
+    assert launched(grad=False) == {"heads_forward_kernel"}
+
+
+def test_weights_per_channel_are_left_to_the_channel_kernels():
+    supports, A = launcher().supports, torch.zeros(2, 32, 2)
+    u, by_channel = torch.zeros(1, 3, 2, 32, dtype=torch.bfloat16), torch.zeros(2, 32, 32, 2)
+    assert supports(u, A, A, A)
+    assert not supports(u, A, A, by_channel)
+
+
+def test_a_step_is_a_scan_of_one_token():
+    """bfloat16: the state in float32 by one way, of 16 bits in its products by the other."""
+    tensors = draw(torch.bfloat16, T=4, P=32, N=32, bare=True)
+    given = {n: tensors[n] for n in NAMES if tensors[n] is not None}
+    whole, final = selective_scan(**given, output_final_state=True, impl="triton")
+    state = torch.zeros_like(final)
+    for t in range(4):
+        token = {n: given[n][:, t] for n in ("u", "dt")}
+        rest = {n: given[n] for n in ("A", "B", "C")}
+        y, state = selective_scan_step(state, **token, **rest, impl="triton")
+        torch.testing.assert_close(y, whole[:, t], rtol=2e-2, atol=2e-2 * whole.abs().max().item())
+    torch.testing.assert_close(state, final, rtol=1e-3, atol=1e-4)

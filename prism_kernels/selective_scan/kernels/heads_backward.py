@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..._core.chunk_rows import sequence_at, span
-from ..._core.tl_math import narrow
+from ..._core.tl_math import narrow, opaque
 from .exponential import growth
 from .heads_common import (
     STIFF,
@@ -151,7 +151,8 @@ def heads_adjoint_kernel(
     C: tl.constexpr,
     B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, REAL: tl.constexpr, EULER: tl.constexpr,
     SKIP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    DFINAL: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr,
+    DFINAL: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    ONE: tl.constexpr, TWO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """For every chunk the gradient of the state at its end, turned back to its start, and that of the initial
     state. Grid (sequences * H * blocks of P * blocks of BJ states).
@@ -159,7 +160,6 @@ def heads_adjoint_kernel(
     NP: tl.constexpr = (P + BP - 1) // BP
     NJ: tl.constexpr = (N + BJ - 1) // BJ
     PLANES: tl.constexpr = 1 if REAL else 2
-    TWO: tl.constexpr = 3 if WIDE else 2
     i_j, i_p = tl.program_id(0) % NJ, tl.program_id(0) // NJ % NP
     i_h, i_s = (
         (tl.program_id(0) // (NJ * NP) % H).to(tl.int64),
@@ -208,8 +208,7 @@ def heads_adjoint_kernel(
 
         e_r, e_i = unturned(e_r, e_i, cos_end[:, None], sin_end[:, None], REAL)
         o_row = (((row + chunks - 1 - i) * H + i_h) * (PLANES * N) + o_n[:, None]) * P + o_p[None, :]
-        STATE: tl.constexpr = p_ends.dtype.element_ty
-        store_planes(p_ends, o_row, narrow(e_r, STATE), narrow(e_i, STATE), m_state, N * P, REAL)
+        store_planes(p_ends, o_row, e_r, e_i, m_state, N * P, REAL)
         e_r = e_r * kept[:, None] + product(across(split(G_r, TWO), TWO), v, TWO, TWO)
         if not REAL:
             e_i = e_i * kept[:, None] + product(across(split(G_i, TWO), TWO), v, TWO, TWO)
@@ -225,13 +224,12 @@ def gradients_of_chunk(
     C: tl.constexpr,
     B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, REAL: tl.constexpr, EULER: tl.constexpr,
     SKIP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    PACKED: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, ROLE: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    ONE: tl.constexpr, TWO: tl.constexpr, PTX: tl.constexpr, ROLE: tl.constexpr,
 ):  # fmt: skip
     """One role of `heads_backward_kernel`."""
     NP: tl.constexpr = (P + BP - 1) // BP
     PLANES: tl.constexpr = 1 if REAL else 2
-    ONE: tl.constexpr = 3 if WIDE else 1
-    TWO: tl.constexpr = 3 if WIDE else 2
     GRAD: tl.constexpr = TWO if GATED else ONE
     i_p, i_h = tl.program_id(0) // 2 % NP, (tl.program_id(0) // (2 * NP) % H).to(tl.int64)
     i_r = (tl.program_id(0) // (2 * NP * H)).to(tl.int64)
@@ -277,6 +275,8 @@ def gradients_of_chunk(
     if SKIP > 0:
         o_D = i_h * P + o_p if SKIP > 1 else i_h + 0 * o_p
         skip = tl.load(p_D + o_D, mask=o_p < P, other=0.0).to(tl.float32)[None, :]
+        if ROLE == 1:
+            tl.store(p_dD + (i_r * H + i_h) * P + o_p, tl.sum(g * wide, 0), mask=o_p < P)
     M, through = tl.zeros([C, C], tl.float32), tl.zeros([C, BP], tl.float32)
     of_self, ddt = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     S_high, S_low = parts(time)
@@ -300,7 +300,6 @@ def gradients_of_chunk(
         o_row = ((i_r * H + i_h) * (PLANES * N) + o_n[:, None]) * P + o_p[None, :]
         o_sum = ((i_r * H + i_h) * NP + i_p) * (N * PLANES) + o_n * PLANES
         o_rows, m_rows = o_w[:, None] * (N * PLANES) + o_n[None, :] * PLANES, m_t[:, None] & m_n[None, :]
-        h_r, h_i = load_planes(p_states, o_row, m_n[:, None] & m_p, N * P, REAL)
         if ROLE == 0:
             if apart * end > STIFF:
                 M_j, AM, dG_r, dG_i, x_r, x_i = read_by_token(
@@ -312,6 +311,7 @@ def gradients_of_chunk(
                 )
             ddt += across_cut(X * AM, C)
             # the state at the start
+            h_r, h_i = load_planes(p_states, o_row, m_n[:, None] & m_p, N * P, REAL)
             hs_r, hs_i = split(h_r, TWO), split(h_i, TWO)
             if GATED:
                 M += M_j
@@ -345,6 +345,10 @@ def gradients_of_chunk(
                 kept, grown = decays(high, low, faster[0], faster[1])
             kept *= tl.exp2(slow * end)
             e_r, e_i = load_planes(p_ends, o_row, m_n[:, None] & m_p, N * P, REAL)
+            h_r, h_i = load_planes(p_states, o_row, m_n[:, None] & m_p, N * P, REAL)
+            x_r, x_i = times_conj(e_r, e_i, h_r, h_i, REAL)
+            x_r, x_i = kept * tl.sum(x_r, 1), kept * tl.sum(x_i, 1)
+            ddt += tl.sum(real_times(x_r, x_i, A_r, A_i, REAL), 0)
             es_r, es_i = split(e_r, TWO), split(e_i, TWO)
             through += product(split(K_r * to_end, TWO), es_r, TWO, TWO)
             if not REAL:
@@ -354,13 +358,12 @@ def gradients_of_chunk(
             dK_r, dK_i = turned_back(dK_r + q_r, dK_i + q_i, cos, sin, REAL)
             q_r, q_i = times_conj(q_r, q_i, K_r, K_i, REAL)
             by_end = tl.sum(real_times(q_r, q_i, A_r[None, :], A_i[None, :], REAL), 1)
-            dA_r, dA_i = tl.sum(rest[:, None] * q_r, 0), tl.sum(rest[:, None] * q_i, 0)
-            q_r, q_i = times_conj(e_r, e_i, h_r, h_i, REAL)
-            q_r, q_i = kept * tl.sum(q_r, 1), kept * tl.sum(q_i, 1)
-            ddt += tl.sum(real_times(q_r, q_i, A_r, A_i, REAL), 0)
+            dA_r, dA_i = (
+                tl.sum(rest[:, None] * q_r, 0) + end * x_r,
+                tl.sum(rest[:, None] * q_i, 0) + end * x_i,
+            )
             # Not as a running sum less its own: that of the last tokens would drown the earlier ones.
             ddt += tl.sum(tl.where(later, by_end[None, :], 0.0), 1)
-            dA_r, dA_i = dA_r + end * q_r, dA_i + end * q_i
             # the weights of the tokens themselves
             dK_r, dK_i = dK_r + own * C_r, dK_i + own * C_i
             q_r, q_i = times_conj(dK_r, dK_i, w_r, w_i, REAL)
@@ -380,15 +383,21 @@ def gradients_of_chunk(
                 dA_r, dA_i = dA_r + tl.sum(q_r, 0), dA_i + tl.sum(q_i, 0)
         store_planes(p_dA + ROLE * R.to(tl.int64) * (H * NP * N * PLANES), o_sum, dA_r, dA_i, m_n, 1, REAL)
 
-    M = split(tl.where(same, of_self[:, None], M * D), TWO)
+    # Tokens are found and read again: kept through the loop, they would take the registers that it needs.
+    t, o_p = opaque(into, PTX) + o_c, opaque(i_p, PTX) * BP + tl.arange(0, BP)
+    m_tp = (t < length)[:, None] & (o_p < P)[None, :]
+    o_t = first + ((length - 1 - t) if REVERSE else t)
+    flat = start - first + o_t
+    o_y, o_z = (flat[:, None] * H + i_h) * P + o_p[None, :], o_t[:, None] * z_t + o_p[None, :]
+    M = split(tl.where(same, of_self[:, None], M * tl.where(later, tl.exp2(slow * since), 0.0)), TWO)
+    wide = tl.load(p_u + o_t[:, None] * u_t + o_p[None, :], mask=m_tp, other=0.0).to(tl.float32)
     if ROLE == 1:
-        du = through * tail + product(across(M, TWO), gs, TWO, GRAD) + skip * g
+        g = gated(p_dy, p_z, o_y, o_z, m_tp, GATED)
+        du = through * tail + product(across(M, TWO), split(g, GRAD), TWO, GRAD) + skip * g
         tl.store(p_du + o_y, narrow(du, p_du.dtype.element_ty), mask=m_tp)
-        if SKIP > 0:
-            tl.store(p_dD + (i_r * H + i_h) * P + o_p, tl.sum(g * wide, 0), mask=o_p < P)
     elif GATED:
-        y = through * decay + product(M, us, TWO, ONE) + skip * wide
-        z = tl.load(p_z + o_t[:, None] * z_t + o_p[None, :], mask=m_tp, other=0.0).to(tl.float32)
+        y = through * decay + product(M, split(wide, ONE), TWO, ONE) + skip * wide
+        z = tl.load(p_z + o_z, mask=m_tp, other=0.0).to(tl.float32)
         dy = tl.load(p_dy + o_y, mask=m_tp, other=0.0).to(tl.float32)
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
         dz = dy * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
@@ -396,7 +405,8 @@ def gradients_of_chunk(
     if SOFTPLUS:
         gone, fell = growth(-dt)
         ddt *= -fell
-    tl.store(p_ddt + ROLE * NP * tokens * H + o_w, ddt, mask=m_t)
+    o_w = (i_p * tokens + flat) * H + i_h
+    tl.store(p_ddt + ROLE * NP * tokens * H + o_w, ddt, mask=t < length)
 
 
 @triton.jit(do_not_specialize=["T", "S", "R"])
@@ -408,7 +418,8 @@ def heads_backward_kernel(
     C: tl.constexpr,
     B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, REAL: tl.constexpr, EULER: tl.constexpr,
     SKIP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    PACKED: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    ONE: tl.constexpr, TWO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """All other gradients of one chunk. Even programs take what tokens read (C, z), odd ones what they write
     (B, u, D); both have a share of those of dt and A. Those of dt, and of B and C per token, leave per head
@@ -421,7 +432,7 @@ def heads_backward_kernel(
             p_states, p_ends, p_du, p_ddt, p_dA, p_dB, p_dC, p_dD, p_dz,
             T, S, R, u_b, u_t, u_h, dt_b, dt_t, dt_h, z_b, z_t, z_h, B_b, B_t, B_g, C_b, C_t, C_g,
             H, P, N, BP, BN, BJ, C, B_HEADS, C_HEADS, REAL, EULER, SKIP, GATED, BIAS, SOFTPLUS,
-            PACKED, REVERSE, WIDE, 0,
+            PACKED, REVERSE, ONE, TWO, PTX, 0,
         )  # fmt: skip
     else:
         gradients_of_chunk(
@@ -429,5 +440,5 @@ def heads_backward_kernel(
             p_states, p_ends, p_du, p_ddt, p_dA, p_dB, p_dC, p_dD, p_dz,
             T, S, R, u_b, u_t, u_h, dt_b, dt_t, dt_h, z_b, z_t, z_h, B_b, B_t, B_g, C_b, C_t, C_g,
             H, P, N, BP, BN, BJ, C, B_HEADS, C_HEADS, REAL, EULER, SKIP, GATED, BIAS, SOFTPLUS,
-            PACKED, REVERSE, WIDE, 1,
+            PACKED, REVERSE, ONE, TWO, PTX, 1,
         )  # fmt: skip

@@ -51,7 +51,7 @@ def heads_forward_kernel(
     B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, REAL: tl.constexpr, EULER: tl.constexpr,
     SKIP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     FIRST: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
-    WIDE: tl.constexpr,
+    ONE: tl.constexpr, TWO: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """y, the final state, and the state before every chunk of C tokens. Grid (sequences * H * blocks of P).
 
@@ -63,8 +63,6 @@ def heads_forward_kernel(
     start, length, row = span(p_bounds, i_s, T, C, PACKED)
     i_b, first = (i_s * 0, start) if PACKED else (i_s, i_s * 0)
     PLANES: tl.constexpr = 1 if REAL else 2
-    ONE: tl.constexpr = 3 if WIDE else 1  # parts of operands
-    TWO: tl.constexpr = 3 if WIDE else 2  # and of those of the state
     o_c, o_n, o_p = tl.arange(0, C), tl.arange(0, BN), i_p * BP + tl.arange(0, BP)
     m_p, m_state = (o_p < P)[None, :], (o_n < N)[:, None] & (o_p < P)[None, :]
     p_u += i_b * u_b + i_h * u_h
@@ -92,8 +90,7 @@ def heads_forward_kernel(
         u = tl.load(p_u + o_t[:, None] * u_t + o_p[None, :], mask=m_t[:, None] & m_p, other=0.0)
         if SAVE:
             o_row = (((row + i_c) * H + i_h) * (PLANES * N) + o_n[:, None]) * P + o_p[None, :]
-            STATE: tl.constexpr = p_states.dtype.element_ty
-            store_planes(p_states, o_row, narrow(h_r, STATE), narrow(h_i, STATE), m_state, N * P, REAL)
+            store_planes(p_states, o_row, h_r, h_i, m_state, N * P, REAL)
 
         time = tl.cumsum(dt.to(tl.float64), 0)
         whole = tl.sum(dt.to(tl.float64), 0)
