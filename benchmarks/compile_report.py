@@ -106,10 +106,12 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
         for name, call in SCAN_CALLS.items():
             calls.append((f"P1 N16 {name} {short}", partial(_scan, 1, 16, dtype, **call)))
         calls.append((f"P32 N64 {short}", partial(_scan, 32, 64, dtype)))
-        for P, N in ((32, 64), (32, 32)) if dtype == torch.bfloat16 else ():
-            calls.append((f"heads P{P} N{N} {short}", partial(_scan_heads, P, N, dtype)))
+        for N in (64, 32) if dtype == torch.bfloat16 else ():  # in float32 channelwise, as P1
+            calls.append(
+                (f"P32 N{N} packed, fused {short}", partial(_scan, 32, N, dtype, packed=True, fused=True))
+            )
         N = 128 if dtype == torch.bfloat16 else 64
-        calls.append((f"heads P64 N{N} real {short}", partial(_scan_heads, 64, N, dtype, real=True)))
+        calls.append((f"P64 N{N} mamba {short}", partial(_scan, 64, N, dtype, **SCAN_CALLS["mamba"])))
         calls.append((f"step P1 N16 {short}", partial(_scan_step, 1, 16, dtype)))
         for D in (2048, 4096):
             calls.append((f"D{D} {short}", partial(_norm, D, dtype)))
@@ -233,37 +235,6 @@ def _scan(
     return pk.selective_scan(
         u, dt, _leaf(H, N, *pair), *weights, **options, output_final_state=True, impl="triton"
     )
-
-
-def _scan_heads(P: int, N: int, dtype: torch.dtype, real: bool = False) -> tuple:
-    """Forward and backward of the per-head kernels, with everything; real: as in Mamba-2."""
-    from prism_kernels.selective_scan import launch_heads
-
-    pair, rows = () if real else (2,), (1, 256)
-    u, step = torch.zeros(*rows, 8, P, dtype=dtype), torch.zeros(*rows, 8)
-    weight = torch.zeros(*rows, 2, N) if real else torch.zeros(8, N, 2)
-    state, bounds = torch.zeros(2, 8, P, N, *pair), torch.zeros(3, dtype=torch.int32)
-    poles, bias = torch.zeros(8, N, *pair), torch.zeros(8)
-    inputs = (
-        u,
-        step,
-        poles,
-        weight,
-        weight,
-        bias,
-        u,
-        bias,
-        state,
-        None if real else bounds,
-        True,
-        False,
-        real,
-    )
-    if real:
-        inputs = (*inputs[:8], state[:1], *inputs[9:])
-    _, final, kept = launch_heads.forward(*inputs, True, True)
-    launch_heads.backward(u, final, kept, *inputs, True)
-    return ()
 
 
 def _scan_step(P: int, N: int, dtype: torch.dtype) -> tuple:
