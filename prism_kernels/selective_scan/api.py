@@ -81,8 +81,9 @@ def selective_scan(
         reverse: Scan each sequence from its last token to its first. The initial state then enters
             after the last token and the final state is the one after the first.
         discretization: "zoh" or "euler".
-        accuracy: How the Triton path computes exp(dt A): "accurate", to rounding relative to |dt A|, or
-            "fast", by special-function instructions, right to about 1e-6 absolute (README, "Two accuracies").
+        accuracy: How the channelwise Triton kernels compute exp(dt A): "accurate", to rounding relative to
+            |dt A|, or "fast", by special-function instructions, right to about 1e-6 absolute (README, "Two
+            accuracies"). All else is accurate.
         allow_growth: Whether Re A > 0 is meant; else it is an error where values are checked (on the CPU
             and under PRISM_CHECK=1). Growing states are on the "torch" and "reference" paths only.
         impl: None chooses by device; "triton", "torch" or "reference" forces a path.
