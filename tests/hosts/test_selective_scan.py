@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from prism_kernels._core.runtime import interpreting, watch_launches
 from prism_kernels.hosts import transformers as host
 from prism_kernels.hosts.transformers import use_gated_delta_rule, use_selective_scan
 
@@ -99,6 +100,28 @@ def test_logits_gradients_and_generation_agree(name, ids):
     assert use.calls == calls(layers, 3, 5, name)  # Zamba scans each of two heads by itself
     assert torch.equal(model(ids).logits, theirs[0])
     assert torch.equal(generate(model, ids)[1], theirs[2][1])
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter, or a GPU and its own tests")
+@pytest.mark.parametrize(
+    "name, sizes",
+    [("Mamba", {}), ("Mamba2", {"state_size": 32, "num_heads": 2, "head_dim": 32, "n_groups": 1})],
+)
+def test_the_kernels_agree_too(name, sizes, ids):
+    """Mamba's channelwise, Mamba-2's per head: logits, gradients and the next tokens."""
+    model, short = build(name, **sizes), ids[:, :18]
+
+    def run():
+        return model(short).logits, gradients(model.train(), short), generate(model.eval(), short[:1])[0]
+
+    theirs = run()
+    with use_selective_scan(impl="triton"), watch_launches() as launches:
+        ours = run()
+    assert ("scan_backward" if name == "Mamba" else "heads_backward_kernel") in {n for n, _ in launches}
+    agree(ours[0], theirs[0])
+    for parameter in theirs[1]:
+        agree(ours[1][parameter], theirs[1][parameter], 10 * LIMIT)
+    assert torch.equal(ours[2], theirs[2])
 
 
 BOTH = pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
