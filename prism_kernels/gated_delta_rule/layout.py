@@ -89,11 +89,9 @@ class Layout:
         x = rows[self.offsets[c0] : self.offsets[c1]]
         units, width, H = x.shape[:3]
         shape = (units, width, H, heads // H, self.C)
-        if factor is None:
-            out.view(*shape, -1).copy_(x)
-        else:
-            factor = factor.view(*shape, 1) if isinstance(factor, Tensor) else factor
-            torch.mul(x, factor, out=out.view(*shape, -1))
+        factor = factor.view(*shape, 1) if isinstance(factor, Tensor) else factor
+        into = out.view(*shape, x.shape[-1])
+        _ = into.copy_(x) if factor is None else torch.mul(x, factor, out=into)
         return out
 
     def matrices(self, c0: int, c1: int, heads: int) -> slice:
@@ -113,7 +111,7 @@ class Layout:
         out = rows[self.offsets[c0] : self.offsets[c1]].transpose(2, 3)
         units, width, H = out.shape[:3]
         shape = (units, width, H, heads // H, self.C)
-        x = x.view(*shape, -1)
+        x = x.view(*shape, x.shape[-1])
         if heads != H:
             out.copy_((x if factor is None else x * factor.view(*shape, 1)).sum(3))
         elif factor is None:

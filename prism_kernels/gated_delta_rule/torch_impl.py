@@ -5,6 +5,7 @@ chunk steps as keep its temporaries in cache. Symbols and derivations: README.md
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ __all__ = ["CHECKPOINT", "Saved", "backward", "forward", "inner_chunk", "recurre
 __all__ += ["recurrent_forward"]
 
 # Elements of one operand of a segment, by measurement: fewer cost calls, more leave the cache.
-ELEMENTS = 1 << 18
+ELEMENTS = 1 << 17
 
 
 class Factors(NamedTuple):
@@ -41,6 +42,37 @@ class Saved(NamedTuple):
     N: Tensor  # r[M,C,C], coupling of the tokens of a chunk
     E: Tensor  # r[M,C,V], error that each token corrects
     states: Tensor  # r[M,K,V], state at the start of each chunk
+
+
+class Substitution(NamedTuple):
+    """Room for `coupling` of small blocks, and its steps as views of it, made once for many segments."""
+
+    inner: Tensor  # r[h,h,...]: row, column, and the batch as the innermost axes
+    step: Tensor
+    columns: list[tuple[Tensor, Tensor, Tensor]]  # what column j adds to, by what it is multiplied, itself
+
+    @staticmethod
+    def of(n: int, C: int, like: Tensor) -> "Substitution":
+        """For n matrices r[C,C]: blocks of 16 on their diagonals."""
+        h = min(C, 16)
+        inner, step = (like.new_empty(h, h, C // h, n) for _ in range(2))
+        columns = [(inner[j + 1 :, :j], step[j + 1 :, j, None], inner[j, :j]) for j in range(1, h - 1)]
+        return Substitution(inner, step, columns)
+
+
+class Parts(NamedTuple):
+    """What gradients of log decays and strengths are made of, for all chunks; symbols: README.md."""
+
+    r: Tensor  # r[M,C,1], float64
+    w: Tensor  # r[M,C,1], float64
+    Z: Tensor  # r[M,C,1], sum of Z_ab over b < i <= a
+    states: Tensor  # r[M,1,1], <S, dS>
+    dbeta: Tensor  # r[M,C,1]
+
+    def dg(self, last: Tensor) -> Tensor:
+        """Add up: what tokens from i on read of those before, without differences of sums."""
+        after, before = self.r.flip(1).cumsum(1).flip(1), self.w.cumsum(1) - self.w
+        return (after + before).add_(self.Z).add_(last * self.states)
 
 
 def empty_saved(layout: Layout, heads: int, K: int, V: int, like: Tensor) -> Saved:
@@ -71,16 +103,17 @@ def forward(
     C = inner_chunk(chunk_size, K, V)
     layout = Layout.of(B, T, C, cu_seqlens)
     saved = empty_saved(layout, HV, K, V, g) if save else None
-    rows, tokens = [layout.rows(x) for x in (q, k, v)], factors(layout, q, k, g, beta, wide, l2norm)
+    (q_rows, k_rows, v_rows), tokens = map(layout.rows, (q, k, v)), factors(layout, q, k, g, beta, l2norm)
     state = layout.first_states(initial_state, (HV, K, V), g)
     o, o_rows = layout.new_rows(v)
     marked = layout.checkpoints(T, every, cu_seqlens)
+    room = lru_cache(1)(partial(Substitution.of, C=C, like=state))
     for c0, c1 in segments(layout, ELEMENTS // (HV * C * max(K, V))):
         n, sizes = layout.matrices(c0, c1, HV), layout.sizes(c0, c1, HV)
         x, D = segment(tokens, n)
-        qk, R = load(layout, c0, c1, *rows[:2], HV, x), layout.take(rows[2], c0, c1, HV, wide)
+        qk, R = load(layout, c0, c1, q_rows, k_rows, HV, x), layout.take(v_rows, c0, c1, HV, wide)
         E = torch.empty_like(R) if saved is None else saved.E[n]
-        P, N = coupled_products(qk, D, x.beta, saved and saved.N[n])
+        P, N = coupled_products(qk, D, x.beta, saved and saved.N[n], room(len(R)))
         writer, reads = (qk[:, C:] * (x.tail * x.beta)).mT, R.new_empty(len(R), 2 * C, V)
         operands = (qk, reads, reads[:, C:], R, x.gamma, N, E, writer, x.last)
         steps = zip(*(t.split(sizes) for t in operands), strict=True)
@@ -101,11 +134,13 @@ def forward(
     return layout.tokens(o, o_rows, T), layout.final_states(state, HV), saved or Saved(*empty)
 
 
-def coupled_products(qk: Tensor, D: Tensor, beta: Tensor, N: Tensor | None) -> tuple[Tensor, Tensor]:
+def coupled_products(
+    qk: Tensor, D: Tensor, beta: Tensor, N: Tensor | None, small: Substitution
+) -> tuple[Tensor, Tensor]:
     """Both matrices that act on errors: P diag(beta) / scale and N diag(beta); fill `N`; uses up `D`."""
     C = D.shape[1]
     P, W = torch.bmm(qk, qk[:, C:].mT).split(C, 1)
-    N = coupling(torch.mul(W, D, out=N), beta)
+    N = coupling(torch.mul(W, D, out=N), beta, small)
     return P.mul_(D.mul_(beta.mT)), N * beta.mT
 
 
@@ -127,10 +162,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, g, beta and the initial state."""
     B, T, HV, V = v.shape
-    K, wide = k.shape[3], accumulate_dtype(q.dtype)
+    K = k.shape[3]
     C = inner_chunk(chunk_size, K, V)
     layout = Layout.of(B, T, C, cu_seqlens)
-    rows, tokens = [layout.rows(x) for x in (q, k, do)], factors(layout, q, k, g, beta, wide, l2norm)
+    (q_rows, k_rows, do_rows), tokens = map(layout.rows, (q, k, do)), factors(layout, q, k, g, beta, l2norm)
     grads = [layout.new_rows(x) for x in (q, k, v, g[..., None], beta[..., None])]
     dq_rows, dk_rows, dv_rows, dg_rows, dbeta_rows = (out for _, out in grads)
     parts = Parts(*(torch.empty_like(x) for x in (tokens.G, tokens.G, tokens.beta, tokens.last, tokens.beta)))
@@ -139,10 +174,10 @@ def backward(
     for c0, c1 in reversed(list(segments(layout, ELEMENTS // (HV * C * max(K, V))))):
         n, sizes = layout.matrices(c0, c1, HV), layout.sizes(c0, c1, HV)
         x, D = segment(tokens, n)
-        qk = load(layout, c0, c1, *rows[:2], HV, x)
+        qk = load(layout, c0, c1, q_rows, k_rows, HV, x)
         N, E, S = saved.N[n], saved.E[n], saved.states[n]
         dOR = E.new_empty(len(E), 2 * C, V)  # gradients of O over those of R
-        layout.take_into(dOR[:, :C], rows[2], c0, c1, HV, scale)
+        layout.take_into(dOR[:, :C], do_rows, c0, c1, HV, scale)
         products = torch.bmm(qk, qk[:, C:].mT)
         dU, dS = torch.bmm((products[:, :C] * D).mT, dOR[:, :C]), torch.empty_like(S)
         decay = torch.cat((x.gamma, -x.beta * x.gamma), 1)
@@ -180,21 +215,6 @@ def handed_on(rows: Sequence[Tensor], running: Tensor) -> Iterator[Tensor]:
     yield running[: len(rows[-1])]
 
 
-class Parts(NamedTuple):
-    """What gradients of log decays and strengths are made of, for all chunks; symbols: README.md."""
-
-    r: Tensor  # r[M,C,1], float64
-    w: Tensor  # r[M,C,1], float64
-    Z: Tensor  # r[M,C,1], sum of Z_ab over b < i <= a
-    states: Tensor  # r[M,1,1], <S, dS>
-    dbeta: Tensor  # r[M,C,1]
-
-    def dg(self, last: Tensor) -> Tensor:
-        """Add up: what tokens from i on read of those before, without differences of sums."""
-        after, before = self.r.flip(1).cumsum(1).flip(1), self.w.cumsum(1) - self.w
-        return (after + before).add_(self.Z).add_(last * self.states)
-
-
 def gradients(
     x: Factors,
     D: Tensor,
@@ -207,7 +227,10 @@ def gradients(
     dS: Tensor,
     parts: Parts,
 ) -> Tensor:
-    """Gradients of qk, before lengths, of one segment from both recurrences; fill `parts`; uses up `products`, `D`."""
+    """Gradients of qk, of length one where asked for, of a segment from both recurrences; fill `parts`.
+
+    Uses up `products` and `D`.
+    """
     C = E.shape[1]
     k = qk[:, C:]
     inner = torch.bmm(dOR, E.mT)  # gradients of Q K^T over those of K K^T
@@ -248,11 +271,9 @@ def segments(layout: Layout, rows: int) -> Iterator[tuple[int, int]]:
             c0 = c1
 
 
-def factors(
-    layout: Layout, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, wide: torch.dtype, l2norm: bool
-) -> Factors:
+def factors(layout: Layout, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, l2norm: bool) -> Factors:
     """Everything that is one number per token and head, of all chunks, in the order of `Layout`."""
-    HV, steps = g.shape[2], len(layout.offsets) - 1
+    HV, steps, wide = g.shape[2], len(layout.offsets) - 1, accumulate_dtype(q.dtype)
 
     def of(x: Tensor, dtype: torch.dtype) -> Tensor:
         return layout.take(layout.rows(x), 0, steps, HV, dtype)
@@ -260,14 +281,15 @@ def factors(
     # Differences of G must be exact to the last bit of what they decay, however far G has fallen.
     G = of(g[..., None], torch.float64).cumsum(1)
     last = G[:, -1:]
-    decays = (x.exp().to(wide) for x in (G, last - G, last))
-    norms = (of(inverse_lengths(x, wide), wide) if l2norm else None for x in (q, k))
-    return Factors(of(beta[..., None], wide), G, *decays, *norms)
+    gamma, tail, last = (x.exp().to(wide) for x in (G, last - G, last))
+    q_norm, k_norm = (of(inverse_lengths(x, wide), wide) if l2norm else None for x in (q, k))
+    return Factors(of(beta[..., None], wide), G, gamma, tail, last, q_norm, k_norm)
 
 
 def segment(x: Factors, n: slice) -> tuple[Factors, Tensor]:
     """The matrices `n`, and decays from token j to token i >= j, r[n,C,C]."""
-    x = Factors(*(t if t is None else t[n] for t in x))
+    norms = (None if t is None else t[n] for t in (x.q_norm, x.k_norm))
+    x = Factors(x.beta[n], x.G[n], x.gamma[n], x.tail[n], x.last[n], *norms)
     # Above the diagonal the difference is >= 0 and its exponential may be infinite: both are cleared.
     return x, (x.G - x.G.mT).to(x.beta.dtype).exp_().tril_()
 
@@ -281,15 +303,20 @@ def load(layout: Layout, c0: int, c1: int, q: Tensor, k: Tensor, heads: int, x: 
     return qk
 
 
-def coupling(N: Tensor, beta: Tensor) -> Tensor:
+def coupling(N: Tensor, beta: Tensor, small: Substitution) -> Tensor:
     """Turn W r[n,C,C], C a power of two, into -W (I + diag(beta) W)^-1 in place; clear its diagonal.
 
     Blocks of 16 by substitution, then the corner between two halves: -(I + N2 beta2) W21 (I + beta1 N1).
     """
     n, C, _ = N.shape
-    h = min(C, 16)
-    blocks = N.unflatten(2, (-1, h)).unflatten(1, (-1, h)).diagonal(dim1=1, dim2=3)
-    substitute(blocks.permute(1, 2, 3, 0), beta.view(n, -1, h).permute(2, 1, 0))
+    h = len(small.inner)
+    blocks = N.unflatten(2, (-1, h)).unflatten(1, (-1, h)).diagonal(dim1=1, dim2=3).permute(1, 2, 3, 0)
+    torch.neg(blocks, out=small.inner)
+    small.inner.diagonal().zero_()
+    torch.mul(small.inner, beta.view(n, C // h, h).permute(2, 1, 0), out=small.step)
+    for rest, step, column in small.columns:
+        rest.addcmul_(step, column)
+    blocks.copy_(small.inner)
     while h < C:
         for a in range(0, C, 2 * h):
             first, second = slice(a, a + h), slice(a + h, a + 2 * h)
@@ -298,14 +325,3 @@ def coupling(N: Tensor, beta: Tensor) -> Tensor:
             corner.copy_(torch.baddbmm(left, left, N[:, first, first] * beta[:, first]).neg_())
         h *= 2
     return N
-
-
-def substitute(N: Tensor, beta: Tensor) -> None:
-    """`coupling` of small matrices r[C,C,...], column after column, with the batch as the innermost axes."""
-    inner = torch.empty(N.shape, dtype=N.dtype, device=N.device)
-    torch.neg(N, out=inner)
-    inner.diagonal().zero_()
-    step = inner * beta
-    for j in range(1, len(N) - 1):
-        inner[j + 1 :, :j].addcmul_(step[j + 1 :, j, None], inner[j, :j])
-    N.copy_(inner)
