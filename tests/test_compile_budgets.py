@@ -51,6 +51,40 @@ def test_every_kernel_compiles_for_amd(tmp_path):
     assert not broken(report), broken(report)
 
 
+WITH_CHECKPOINTS = """
+import sys, torch
+from functools import partial
+from benchmarks import compile_report
+from prism_kernels._core import configs
+
+for size in (128, 256):
+    with configs.pretend("gfx942"):
+        for kernel in ("states_kernel", "segments_kernel"):
+            row = configs.config("chunk_gated_delta_rule", kernel, torch.bfloat16, size, torch.device("cpu"))
+            assert row.shared <= configs.ROOM["gfx942"]
+            call = partial(compile_report._delta_checkpoints, (1, 4096, 1, size), torch.bfloat16)
+            back = [x for x in compile_report.record(call) if x.kernel.__name__ == kernel][-1]
+            assert back.constexprs["EVERY"] == 128
+            entry = compile_report.compile_launch(back, str(size), "gfx942")
+            print(kernel, size, entry.smem, row.shared * 1024, entry.error)
+"""
+
+
+def test_gradients_of_checkpoints_keep_to_the_rows_of_amd(tmp_path):
+    """Rows say what fits a card, with and without checkpoints: what passes the check can be launched."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_CHECKPOINTS], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        kernel, size, taken, allowed, *error = line.split()
+        assert 0 < int(taken) <= int(allowed) and not error, line
+
+
 @pytest.mark.full
 def test_every_configuration_keeps_its_budget(tmp_path):
     report = compiled(tmp_path, "--target", "sm_90")

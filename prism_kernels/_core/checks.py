@@ -65,8 +65,12 @@ def check_same(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
-    """Raise unless all the tensors given live on the device of the first."""
+    """Raise unless all that is given is tensors, on the device of the first."""
     given = [(n, t) for n, t in tensors.items() if t is not None]
+    for name, tensor in given:
+        if not isinstance(tensor, Tensor):
+            got = f"a {type(tensor).__name__}"
+            fail(op, f"`{name}` to be a tensor", got, "Make it one: torch.as_tensor.", TypeError)
     first, like = given[0]
     for name, tensor in given[1:]:
         if tensor.device != like.device:
@@ -87,8 +91,8 @@ def check_separate(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_choice(op: str, name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise unless `value` is one of `choices`."""
-    if value not in choices:
+    """Raise unless `value` is one of `choices`, which are no floats: 64.0 is not 64."""
+    if value not in choices or isinstance(value, float):
         fail(op, f"`{name}` to be one of {', '.join(map(repr, choices))}", repr(value), "Pick one of these.")
 
 

@@ -48,12 +48,14 @@ class Layout:
         return Layout(C, 1, offsets, len(counts), bound, index.to(device), order.to(device))
 
     def rows(self, x: Tensor) -> Tensor:
-        """[B, T, H, D] as [units, width, C, H, D], zero in padding slots."""
+        """[B, T, H, D] as [units, width, H, 1, C, D], zero in padding slots."""
         if self.index is None:
             pad = -x.shape[1] % self.C
             x = F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x
-            return x.unflatten(1, (-1, self.C)).transpose(0, 1)
-        return F.pad(x[0], (0, 0, 0, 0, 0, 1))[self.index].unflatten(0, (-1, 1, self.C))
+            x = x.unflatten(1, (-1, self.C)).transpose(0, 1)
+        else:
+            x = F.pad(x[0], (0, 0, 0, 0, 0, 1))[self.index].unflatten(0, (-1, 1, self.C))
+        return x.transpose(2, 3).unsqueeze(3)
 
     def new_rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Room for rows of a tensor like [B, T, H, D]: the storage, and its rows."""
@@ -78,12 +80,18 @@ class Layout:
         out = torch.empty(n.stop - n.start, self.C, rows.shape[-1], dtype=dtype, device=rows.device)
         return self.take_into(out, rows, c0, c1, heads)
 
-    def take_into(self, out: Tensor, rows: Tensor, c0: int, c1: int, heads: int) -> Tensor:
-        """Copy steps c0:c1 into `out` [units * width * heads, C, D]; key heads repeat for value heads."""
+    def take_into(
+        self, out: Tensor, rows: Tensor, c0: int, c1: int, heads: int, factor: Tensor | float | None = None
+    ) -> Tensor:
+        """Copy steps c0:c1 into `out` [units * width * heads, C, D], times `factor` [.., C, 1] where there is
+        one; key heads repeat for value heads.
+        """
         x = rows[self.offsets[c0] : self.offsets[c1]]
-        units, width, _, H, _ = x.shape
-        x = x.permute(0, 1, 3, 2, 4).unsqueeze(3)
-        out.unflatten(0, (units, width, H, heads // H)).copy_(x)
+        units, width, H = x.shape[:3]
+        shape = (units, width, H, heads // H, self.C)
+        factor = factor.view(*shape, 1) if isinstance(factor, Tensor) else factor
+        into = out.view(*shape, x.shape[-1])
+        _ = into.copy_(x) if factor is None else torch.mul(x, factor, out=into)
         return out
 
     def matrices(self, c0: int, c1: int, heads: int) -> slice:
@@ -96,13 +104,20 @@ class Layout:
         per_unit = self.width * heads
         return [(b - a) * per_unit for a, b in pairwise(self.offsets[c0 : c1 + 1])]
 
-    def store(self, rows: Tensor, c0: int, c1: int, x: Tensor, heads: int) -> None:
-        """Undo `take` into `rows`, summing value heads that share a key head."""
-        out = rows[self.offsets[c0] : self.offsets[c1]]
-        units, width, _, H, _ = out.shape
-        x = x.unflatten(0, (units, width, H, heads // H))
-        x = x.sum(3) if heads != H else x.squeeze(3)
-        out.copy_(x.transpose(2, 3))
+    def store(
+        self, rows: Tensor, c0: int, c1: int, x: Tensor, heads: int, factor: Tensor | None = None
+    ) -> None:
+        """Undo `take` into `rows`, summing value heads that share a key head; `factor` as there."""
+        out = rows[self.offsets[c0] : self.offsets[c1]].transpose(2, 3)
+        units, width, H = out.shape[:3]
+        shape = (units, width, H, heads // H, self.C)
+        x = x.view(*shape, x.shape[-1])
+        if heads != H:
+            out.copy_((x if factor is None else x * factor.view(*shape, 1)).sum(3))
+        elif factor is None:
+            out.copy_(x.squeeze(3))
+        else:
+            torch.mul(x.squeeze(3), factor.view(*shape, 1).squeeze(3), out=out)
 
     def steps(self, c0: int, c1: int, heads: int) -> Iterator[slice]:
         """The matrices of each step of a segment, counted from its start."""

@@ -55,7 +55,7 @@ def warn_of_growth(op: str, k: Tensor, beta: Tensor, cu_seqlens: Tensor | None, 
     if not l2norm:
         squares = k[:, :T].detach().to(step.dtype).square().sum(-1)
         step = step * squares.repeat_interleave(step.shape[2] // k.shape[2], 2)
-    largest = step.nan_to_num(0.0).amax().item() if T else 0.0
+    largest = step.nan_to_num(0.0).amax().item() if step.numel() else 0.0
     if largest > 2 + 16 * torch.finfo(k.dtype).eps:  # unit keys, rounded
         advice = "The state grows without bound. Pass keys of length 1, or use_qk_l2norm_in_kernel=True."
         message = f"{op}: expected beta |k|^2 <= 2, got a largest value of {largest:.6g}. {advice}"

@@ -5,6 +5,7 @@ chunk steps as keep its temporaries in cache. Symbols and derivations: README.md
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,26 +15,25 @@ from torch import Tensor
 from .._core.runtime import accumulate_dtype
 from .layout import Layout
 from .torch_recurrent import CHECKPOINT, recurrent_backward, recurrent_forward
-from .unit_rows import dot, normalise
+from .unit_rows import dot, inverse_lengths
 
 __all__ = ["CHECKPOINT", "Saved", "backward", "forward", "inner_chunk", "recurrent_backward"]
 __all__ += ["recurrent_forward"]
 
 # Elements of one operand of a segment, by measurement: fewer cost calls, more leave the cache.
-ELEMENTS = 1 << 18
+ELEMENTS = 1 << 17
 
 
-class Operands(NamedTuple):
-    """What forward and backward share: one segment, as n matrices of one chunk and head each."""
+class Factors(NamedTuple):
+    """What is one number per token, of all chunks at once or of one segment: r[n,C,1], `last` r[n,1,1]."""
 
-    qk: Tensor  # r[n,2C,K], queries over keys, normalised on request
-    k: Tensor  # r[n,C,K], the lower half of qk
-    beta: Tensor  # r[n,C,1]
-    gamma: Tensor  # r[n,C,1], decay from the start of the chunk
-    tail: Tensor  # r[n,C,1], decay to its end
-    last: Tensor  # r[n,1,1], decay of the whole chunk
-    D: Tensor  # r[n,C,C], decay from token j to token i >= j
-    norm: Tensor | None  # r[n,2C,1], 1 / length of the rows of qk
+    beta: Tensor
+    G: Tensor  # running sum of g within the chunk, in float64
+    gamma: Tensor  # decay from the start of the chunk
+    tail: Tensor  # decay to its end
+    last: Tensor  # decay of the whole chunk
+    q_norm: Tensor | None  # 1 / length of the rows of q
+    k_norm: Tensor | None
 
 
 class Saved(NamedTuple):
@@ -42,6 +42,37 @@ class Saved(NamedTuple):
     N: Tensor  # r[M,C,C], coupling of the tokens of a chunk
     E: Tensor  # r[M,C,V], error that each token corrects
     states: Tensor  # r[M,K,V], state at the start of each chunk
+
+
+class Substitution(NamedTuple):
+    """Room for `coupling` of small blocks, and its steps as views of it, made once for many segments."""
+
+    inner: Tensor  # r[h,h,...]: row, column, and the batch as the innermost axes
+    step: Tensor
+    columns: list[tuple[Tensor, Tensor, Tensor]]  # what column j adds to, by what it is multiplied, itself
+
+    @staticmethod
+    def of(n: int, C: int, like: Tensor) -> "Substitution":
+        """For n matrices r[C,C]: blocks of 16 on their diagonals."""
+        h = min(C, 16)
+        inner, step = (like.new_empty(h, h, C // h, n) for _ in range(2))
+        columns = [(inner[j + 1 :, :j], step[j + 1 :, j, None], inner[j, :j]) for j in range(1, h - 1)]
+        return Substitution(inner, step, columns)
+
+
+class Parts(NamedTuple):
+    """What gradients of log decays and strengths are made of, for all chunks; symbols: README.md."""
+
+    r: Tensor  # r[M,C,1], float64
+    w: Tensor  # r[M,C,1], float64
+    Z: Tensor  # r[M,C,1], sum of Z_ab over b < i <= a
+    states: Tensor  # r[M,1,1], <S, dS>
+    dbeta: Tensor  # r[M,C,1]
+
+    def dg(self, last: Tensor) -> Tensor:
+        """Add up: what tokens from i on read of those before, without differences of sums."""
+        after, before = self.r.flip(1).cumsum(1).flip(1), self.w.cumsum(1) - self.w
+        return (after + before).add_(self.Z).add_(last * self.states)
 
 
 def empty_saved(layout: Layout, heads: int, K: int, V: int, like: Tensor) -> Saved:
@@ -72,24 +103,25 @@ def forward(
     C = inner_chunk(chunk_size, K, V)
     layout = Layout.of(B, T, C, cu_seqlens)
     saved = empty_saved(layout, HV, K, V, g) if save else None
-    rows, v_rows = [layout.rows(x) for x in (q, k, g[..., None], beta[..., None])], layout.rows(v)
+    (q_rows, k_rows, v_rows), tokens = map(layout.rows, (q, k, v)), factors(layout, q, k, g, beta, l2norm)
     state = layout.first_states(initial_state, (HV, K, V), g)
     o, o_rows = layout.new_rows(v)
     marked = layout.checkpoints(T, every, cu_seqlens)
+    room = lru_cache(1)(partial(Substitution.of, C=C, like=state))
     for c0, c1 in segments(layout, ELEMENTS // (HV * C * max(K, V))):
-        x = load(layout, c0, c1, rows, HV, wide, l2norm)
         n, sizes = layout.matrices(c0, c1, HV), layout.sizes(c0, c1, HV)
-        R = layout.take(v_rows, c0, c1, HV, wide)
+        x, D = segment(tokens, n)
+        qk, R = load(layout, c0, c1, q_rows, k_rows, HV, x), layout.take(v_rows, c0, c1, HV, wide)
         E = torch.empty_like(R) if saved is None else saved.E[n]
-        P, N = coupled_products(x, saved and saved.N[n])
-        writer, reads = (x.k * (x.tail * x.beta)).mT, R.new_empty(len(R), 2 * C, V)
-        operands = (x.qk, reads, reads[:, C:], R, x.gamma, N, E, writer, x.last)
+        P, N = coupled_products(qk, D, x.beta, saved and saved.N[n], room(len(R)))
+        writer, reads = (qk[:, C:] * (x.tail * x.beta)).mT, R.new_empty(len(R), 2 * C, V)
+        operands = (qk, reads, reads[:, C:], R, x.gamma, N, E, writer, x.last)
         steps = zip(*(t.split(sizes) for t in operands), strict=True)
         starts = saved.states[n].split(sizes) if saved else [state[:size] for size in sizes]
-        for c, start, left, (qk, both, read, error, gamma, couple, corrected, write, last) in zip(
+        for c, start, left, (rows_qk, both, read, error, gamma, couple, corrected, write, last) in zip(
             range(c0, c1), starts, handed_on(starts, state), steps, strict=True
         ):
-            torch.bmm(qk, start, out=both)
+            torch.bmm(rows_qk, start, out=both)
             error.addcmul_(gamma, read, value=-1)
             torch.baddbmm(error, couple, error, out=corrected)
             torch.mul(start, last, out=left).baddbmm_(write, corrected)
@@ -102,12 +134,14 @@ def forward(
     return layout.tokens(o, o_rows, T), layout.final_states(state, HV), saved or Saved(*empty)
 
 
-def coupled_products(x: Operands, N: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both matrices that act on errors: P diag(beta) / scale and N diag(beta); fill `N`; uses up x.D."""
-    P, W = torch.bmm(x.qk, x.k.mT).split(x.k.shape[1], 1)
-    N = coupling(torch.mul(W, x.D, out=N), x.beta)
-    P.mul_(x.D.mul_(x.beta.mT))
-    return P, N * x.beta.mT
+def coupled_products(
+    qk: Tensor, D: Tensor, beta: Tensor, N: Tensor | None, small: Substitution
+) -> tuple[Tensor, Tensor]:
+    """Both matrices that act on errors: P diag(beta) / scale and N diag(beta); fill `N`; uses up `D`."""
+    C = D.shape[1]
+    P, W = torch.bmm(qk, qk[:, C:].mT).split(C, 1)
+    N = coupling(torch.mul(W, D, out=N), beta, small)
+    return P.mul_(D.mul_(beta.mT)), N * beta.mT
 
 
 def backward(
@@ -128,24 +162,26 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, g, beta and the initial state."""
     B, T, HV, V = v.shape
-    K, wide = k.shape[3], accumulate_dtype(q.dtype)
+    K = k.shape[3]
     C = inner_chunk(chunk_size, K, V)
     layout = Layout.of(B, T, C, cu_seqlens)
-    inputs = (q, k, g[..., None], beta[..., None])
-    rows, do_rows = [layout.rows(x) for x in inputs], layout.rows(do)
-    grads = [layout.new_rows(x) for x in (q, k, v, *inputs[2:])]
+    (q_rows, k_rows, do_rows), tokens = map(layout.rows, (q, k, do)), factors(layout, q, k, g, beta, l2norm)
+    grads = [layout.new_rows(x) for x in (q, k, v, g[..., None], beta[..., None])]
+    dq_rows, dk_rows, dv_rows, dg_rows, dbeta_rows = (out for _, out in grads)
+    parts = Parts(*(torch.empty_like(x) for x in (tokens.G, tokens.G, tokens.beta, tokens.last, tokens.beta)))
     dstate = layout.first_states(dfinal, (HV, K, V), g)
     marked = layout.checkpoints(T, every, cu_seqlens)
     for c0, c1 in reversed(list(segments(layout, ELEMENTS // (HV * C * max(K, V))))):
-        x = load(layout, c0, c1, rows, HV, wide, l2norm)
         n, sizes = layout.matrices(c0, c1, HV), layout.sizes(c0, c1, HV)
+        x, D = segment(tokens, n)
+        qk = load(layout, c0, c1, q_rows, k_rows, HV, x)
         N, E, S = saved.N[n], saved.E[n], saved.states[n]
         dOR = E.new_empty(len(E), 2 * C, V)  # gradients of O over those of R
-        layout.take_into(dOR[:, :C], do_rows, c0, c1, HV).mul_(scale)
-        products = torch.bmm(x.qk, x.k.mT)
-        dU, dS = torch.bmm((products[:, :C] * x.D).mT, dOR[:, :C]), torch.empty_like(S)
+        layout.take_into(dOR[:, :C], do_rows, c0, c1, HV, scale)
+        products = torch.bmm(qk, qk[:, C:].mT)
+        dU, dS = torch.bmm((products[:, :C] * D).mT, dOR[:, :C]), torch.empty_like(S)
         decay = torch.cat((x.gamma, -x.beta * x.gamma), 1)
-        N, reader, tailed = (N * x.beta).mT, (x.qk * decay).mT, x.k * x.tail
+        N, reader, tailed = (N * x.beta).mT, (qk * decay).mT, qk[:, C:] * x.tail
         operands = (dU, tailed, N, dOR[:, C:], dOR, reader, x.last)
         steps, ends = list(zip(*(t.split(sizes) for t in operands), strict=True)), dS.split(sizes)[::-1]
         for c, end, left, (write, tail, couple, error, both, read, last) in zip(
@@ -156,9 +192,12 @@ def backward(
             write.baddbmm_(tail, end)
             error.copy_(torch.baddbmm(write, couple, write))
             torch.mul(end, last, out=left).baddbmm_(read, both)
-        dqk, *others = gradients(x, products, decay, E, S, dOR, dS)
-        for (_, out), grad in zip(grads, (dqk[:, :C], dqk[:, C:], *others), strict=True):
-            layout.store(out, c0, c1, grad, HV)
+        dqk = gradients(x, D, qk, products, decay, E, S, dOR, dS, Parts(*(t[n] for t in parts)))
+        layout.store(dq_rows, c0, c1, dqk[:, :C], HV, x.q_norm)
+        layout.store(dk_rows, c0, c1, dqk[:, C:], HV, x.k_norm)
+        layout.store(dv_rows, c0, c1, dOR[:, C:], HV, x.beta)
+    layout.store(dg_rows, 0, len(layout.offsets) - 1, parts.dg(tokens.last), HV)
+    layout.store(dbeta_rows, 0, len(layout.offsets) - 1, parts.dbeta, HV)
     dq, dk, dv, dg, dbeta = (layout.tokens(base, out, T) for base, out in grads)
     return dq, dk, dv, dg[..., 0], dbeta[..., 0], layout.final_states(dstate, HV)
 
@@ -177,36 +216,45 @@ def handed_on(rows: Sequence[Tensor], running: Tensor) -> Iterator[Tensor]:
 
 
 def gradients(
-    x: Operands, products: Tensor, decay: Tensor, E: Tensor, S: Tensor, dOR: Tensor, dS: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qk, v, g, beta of one segment from both recurrences; uses up `products` and x.D."""
+    x: Factors,
+    D: Tensor,
+    qk: Tensor,
+    products: Tensor,
+    decay: Tensor,
+    E: Tensor,
+    S: Tensor,
+    dOR: Tensor,
+    dS: Tensor,
+    parts: Parts,
+) -> Tensor:
+    """Gradients of qk, of length one where asked for, of a segment from both recurrences; fill `parts`.
+
+    Uses up `products` and `D`.
+    """
     C = E.shape[1]
-    dR = dOR[:, C:]
+    k = qk[:, C:]
     inner = torch.bmm(dOR, E.mT)  # gradients of Q K^T over those of K K^T
-    dbeta = inner[:, C:].diagonal(dim1=1, dim2=2)[..., None].clone()
-    inner[:, :C].mul_(x.D.mul_(x.beta.mT))
-    inner[:, C:].mul_(x.D.mul_(-x.beta).tril_(-1))
+    parts.dbeta.copy_(inner[:, C:].diagonal(dim1=1, dim2=2)[..., None])
+    inner[:, :C].mul_(D.mul_(x.beta.mT))
+    inner[:, C:].mul_(D.mul_(-x.beta).tril_(-1))
     products.mul_(inner)
 
     dqk = torch.bmm(dOR, S.mT).mul_(decay)
     to_state = torch.bmm(E, dS.mT).mul_(x.tail * x.beta)
-    by_row, kept = dot(x.qk, dqk), dot(x.k, to_state)
-    if x.norm is not None:  # gradients of rows along these rows, of which each product knows its part
-        along = by_row + products.sum(2, keepdim=True)
+    by_row, kept = dot(qk, dqk), dot(k, to_state)
+    torch.add(by_row[:, :C], by_row[:, C:], out=parts.r)
+    parts.w.copy_(kept)
+    torch.sum(S * dS, (-1, -2), keepdim=True, out=parts.states)
+    if x.q_norm is not None:  # gradients of rows along these rows, of which each product knows its part
+        along = by_row.add_(products.sum(2, keepdim=True))
         along[:, C:] += kept + products.sum(1).unsqueeze(2)
-
     within = products[:, :C].add_(products[:, C:]).tril_(-1)
-    # What tokens from i on read of those before: no difference of sums, in which rounding would stay.
-    by_row, kept = (by_row[:, :C] + by_row[:, C:]).double(), kept.double()
     after = torch.bmm(torch.ones_like(within[:1]).triu_().expand_as(within), within).tril_(-1)
-    dg = by_row.flip(1).cumsum(1).flip(1) + kept.cumsum(1) - kept + after.sum(-1, keepdim=True)
-    dg += x.last * (S * dS).sum((-1, -2), keepdim=True)
+    torch.sum(after, -1, keepdim=True, out=parts.Z)
 
-    dqk.baddbmm_(inner, x.k)
-    dqk[:, C:].add_(to_state.baddbmm_(inner.mT, x.qk))
-    if x.norm is not None:
-        dqk.addcmul_(x.qk, along, value=-1).mul_(x.norm)
-    return dqk, dR * x.beta, dg, dbeta
+    dqk.baddbmm_(inner, k)
+    dqk[:, C:].add_(to_state.baddbmm_(inner.mT, qk))
+    return dqk if x.q_norm is None else dqk.addcmul_(qk, along, value=-1)
 
 
 def inner_chunk(chunk_size: int, K: int, V: int) -> int:
@@ -223,34 +271,52 @@ def segments(layout: Layout, rows: int) -> Iterator[tuple[int, int]]:
             c0 = c1
 
 
-def load(
-    layout: Layout, c0: int, c1: int, rows: list[Tensor], heads: int, wide: torch.dtype, l2norm: bool
-) -> Operands:
-    """Copy q, k, g, beta of one segment into [n, C, width], widened, and derive the decays."""
-    beta = layout.take(rows[3], c0, c1, heads, wide)
+def factors(layout: Layout, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, l2norm: bool) -> Factors:
+    """Everything that is one number per token and head, of all chunks, in the order of `Layout`."""
+    HV, steps, wide = g.shape[2], len(layout.offsets) - 1, accumulate_dtype(q.dtype)
+
+    def of(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return layout.take(layout.rows(x), 0, steps, HV, dtype)
+
     # Differences of G must be exact to the last bit of what they decay, however far G has fallen.
-    G = layout.take(rows[2], c0, c1, heads, torch.float64).cumsum(1)
-    n, C, _ = G.shape
-    qk = beta.new_empty(n, 2 * C, rows[0].shape[-1])
-    layout.take_into(qk[:, :C], rows[0], c0, c1, heads)
-    layout.take_into(qk[:, C:], rows[1], c0, c1, heads)
-    norm = normalise(qk) if l2norm else None
+    G = of(g[..., None], torch.float64).cumsum(1)
     last = G[:, -1:]
-    # Above the diagonal the difference is >= 0 and its exponential may be infinite: both are cleared.
-    D = (G - G.mT).to(wide).exp_().tril_()
     gamma, tail, last = (x.exp().to(wide) for x in (G, last - G, last))
-    return Operands(qk, qk[:, C:], beta, gamma, tail, last, D, norm)
+    q_norm, k_norm = (of(inverse_lengths(x, wide), wide) if l2norm else None for x in (q, k))
+    return Factors(of(beta[..., None], wide), G, gamma, tail, last, q_norm, k_norm)
 
 
-def coupling(N: Tensor, beta: Tensor) -> Tensor:
+def segment(x: Factors, n: slice) -> tuple[Factors, Tensor]:
+    """The matrices `n`, and decays from token j to token i >= j, r[n,C,C]."""
+    norms = (None if t is None else t[n] for t in (x.q_norm, x.k_norm))
+    x = Factors(x.beta[n], x.G[n], x.gamma[n], x.tail[n], x.last[n], *norms)
+    # Above the diagonal the difference is >= 0 and its exponential may be infinite: both are cleared.
+    return x, (x.G - x.G.mT).to(x.beta.dtype).exp_().tril_()
+
+
+def load(layout: Layout, c0: int, c1: int, q: Tensor, k: Tensor, heads: int, x: Factors) -> Tensor:
+    """Queries over keys of one segment, r[n,2C,K], widened, and normalised on request."""
+    n, C, _ = x.beta.shape
+    qk = x.beta.new_empty(n, 2 * C, q.shape[-1])
+    layout.take_into(qk[:, :C], q, c0, c1, heads, x.q_norm)
+    layout.take_into(qk[:, C:], k, c0, c1, heads, x.k_norm)
+    return qk
+
+
+def coupling(N: Tensor, beta: Tensor, small: Substitution) -> Tensor:
     """Turn W r[n,C,C], C a power of two, into -W (I + diag(beta) W)^-1 in place; clear its diagonal.
 
     Blocks of 16 by substitution, then the corner between two halves: -(I + N2 beta2) W21 (I + beta1 N1).
     """
     n, C, _ = N.shape
-    h = min(C, 16)
-    blocks = N.unflatten(2, (-1, h)).unflatten(1, (-1, h)).diagonal(dim1=1, dim2=3)
-    substitute(blocks.permute(1, 2, 3, 0), beta.view(n, -1, h).permute(2, 1, 0))
+    h = len(small.inner)
+    blocks = N.unflatten(2, (-1, h)).unflatten(1, (-1, h)).diagonal(dim1=1, dim2=3).permute(1, 2, 3, 0)
+    torch.neg(blocks, out=small.inner)
+    small.inner.diagonal().zero_()
+    torch.mul(small.inner, beta.view(n, C // h, h).permute(2, 1, 0), out=small.step)
+    for rest, step, column in small.columns:
+        rest.addcmul_(step, column)
+    blocks.copy_(small.inner)
     while h < C:
         for a in range(0, C, 2 * h):
             first, second = slice(a, a + h), slice(a + h, a + 2 * h)
@@ -259,14 +325,3 @@ def coupling(N: Tensor, beta: Tensor) -> Tensor:
             corner.copy_(torch.baddbmm(left, left, N[:, first, first] * beta[:, first]).neg_())
         h *= 2
     return N
-
-
-def substitute(N: Tensor, beta: Tensor) -> None:
-    """`coupling` of small matrices r[C,C,...], column after column, with the batch as the innermost axes."""
-    inner = torch.empty(N.shape, dtype=N.dtype, device=N.device)
-    torch.neg(N, out=inner)
-    inner.diagonal().zero_()
-    step = inner * beta
-    for j in range(1, len(N) - 1):
-        inner[j + 1 :, :j].addcmul_(step[j + 1 :, j, None], inner[j, :j])
-    N.copy_(inner)

@@ -95,7 +95,7 @@ def recurrent_backward(
     rows, do_rows = [layout.rows(x) for x in inputs], layout.rows(do)
     grads = [layout.new_rows(x) for x in inputs]
     dstate = layout.first_states(dfinal, (HV, k.shape[3], V), g)
-    checkpoints = checkpoints.view(-1, *dstate.shape)
+    checkpoints = checkpoints.view(-(-T // CHECKPOINT), *dstate.shape)
     for i, (c0, c1) in reversed(list(enumerate(checkpoint_segments(layout)))):
         x = load_tokens(layout, c0, c1, rows, HV, wide, l2norm)
         dO = layout.take(do_rows, c0, c1, HV, wide).mul_(scale)

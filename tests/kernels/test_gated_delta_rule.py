@@ -134,6 +134,15 @@ def test_sequences_may_all_be_empty(function):
     assert torch.equal(got.final_state, state) and not got.o.any()
 
 
+@pytest.mark.parametrize("function", [chunk_gated_delta_rule, fused_recurrent_gated_delta_rule])
+def test_a_batch_may_be_empty_on_the_torch_path(function, monkeypatch):
+    monkeypatch.setenv("PRISM_CHECK", "1")
+    q, k, v, g, beta = (x[:0].requires_grad_() for x in inputs(8, 1, 3, 1, 4, 4))
+    got = function(q, k, v, g, beta=beta, output_final_state=True, impl="torch")
+    assert got.o.shape == v.shape and got.final_state.shape == (0, 1, 4, 4)
+    assert torch.autograd.grad(got.o.sum(), q)[0].shape == q.shape
+
+
 def test_scale_none_and_defaults_are_those_of_the_original():
     q, k, v, _, _ = inputs(9, 1, 20, 1, 16, 4)
     ones = torch.ones(1, 20, 1, dtype=torch.float64)

@@ -271,6 +271,7 @@ def errors(name: str) -> list[ErrorCase]:
         case("values too wide", ValueError, "V from 1 to 256, got V = 257", v=big),
         case("path", ValueError, "`impl` to be one of", impl="cuda"),
         case("bounds of floats", TypeError, "`cu_seqlens` of dtype int32, int64", **bounds(0.0, 6.0)),
+        case("bounds in a list", TypeError, "`cu_seqlens` to be a tensor, got a list", cu_seqlens=[0, 6]),
         case("bounds that fall", ValueError, "`cu_seqlens` that never decreases", **bounds(0, 4, 2, 6)),
         case("bounds past the end", ValueError, "`cu_seqlens` from 0 to at most T = 6", **bounds(0, 9)),
         case("bounds from one", ValueError, "`cu_seqlens` from 0", **bounds(1, 6)),
@@ -304,6 +305,7 @@ def chunk_errors(case: Callable[..., ErrorCase]) -> list[ErrorCase]:
     bounds = torch.tensor([0, 6])
     return [
         case("chunk size", ValueError, "`chunk_size` to be one of 16, 32, 64, got 48", chunk_size=48),
+        case("chunk size as a float", ValueError, "`chunk_size` to be one of", chunk_size=64.0),
         case("several devices", NotImplementedError, "`cp_context` None .*several devices", cp_context=()),
         case("bounds on the host alone", ValueError, "`cu_seqlens` with `cu_seqlens_cpu`",
              cu_seqlens_cpu=bounds),
