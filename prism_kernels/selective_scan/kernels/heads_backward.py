@@ -206,7 +206,7 @@ def heads_adjoint_kernel(
         kept *= tl.exp2(slow * whole.to(tl.float32))
         v = split(g * tl.exp2(slow * time.to(tl.float32))[:, None], TWO)
 
-        e_r, e_i = unturned(e_r, e_i, cos_end[:, None], sin_end[:, None], REAL)
+        e_r, e_i = (e_r, e_i) if REAL else unturned(e_r, e_i, cos_end[:, None], sin_end[:, None], REAL)
         o_row = (((row + chunks - 1 - i) * H + i_h) * (PLANES * N) + o_n[:, None]) * P + o_p[None, :]
         store_planes(p_ends, o_row, e_r, e_i, m_state, N * P, REAL)
         e_r = e_r * kept[:, None] + product(across(split(G_r, TWO), TWO), v, TWO, TWO)
