@@ -277,7 +277,8 @@ def _row(spec: OpSpec, case: Case, i: int) -> Case:
 
 
 def _cut(spec: OpSpec, case: Case, start: int, end: int) -> Case:
-    names = [n for n in spec.time_inputs if n in case.tensors]
+    T = case.tensors[spec.time_inputs[0]].shape[1]
+    names = [n for n in spec.time_inputs if n in case.tensors and case.tensors[n].shape[1] == T]  # not static
     return case.with_tensors(**{n: case.tensors[n][:, start:end] for n in names})
 
 

@@ -18,10 +18,18 @@ def device_of(impl):
     return "cuda" if impl == "triton" and GPU else "cpu"
 
 
-def paths(*extra):
-    """(op, path) for every path that an op has."""
+def paths(*extra, long=False):
+    """(op, path) for every path that an op has.
+
+    What takes `long` in the interpreter is `full` for "an op with ...": the same op on other cases.
+    """
     pairs = [(s.name, p) for s in SPECS.values() for p in (*s.paths, *extra)]
-    return pytest.mark.parametrize("op, impl", pairs, ids=map("-".join, pairs))
+    full = [long and impl == "triton" and " with " in op for op, impl in pairs]
+    marked = [
+        pytest.param(*pair, id="-".join(pair), marks=pytest.mark.full if slow else ())
+        for pair, slow in zip(pairs, full, strict=True)
+    ]
+    return pytest.mark.parametrize("op, impl", marked)
 
 
 def plain_case(spec, impl, dtype=WIDE, batch=2):
@@ -60,7 +68,7 @@ def test_gradients_equal_finite_differences(op, impl):
     contracts.gradients_are_right(SPECS[op], plain_case(SPECS[op], impl), impl)
 
 
-@paths()
+@paths(long=True)
 def test_ops_are_registered_rightly(op, impl):
     contracts.registered_rightly(SPECS[op], plain_case(SPECS[op], impl, torch.float32), impl)
 
@@ -95,7 +103,7 @@ def test_second_order_gradients_raise(op, impl):
     contracts.second_order_raises(SPECS[op], plain_case(SPECS[op], impl, torch.float32), impl)
 
 
-@paths()
+@paths(long=True)
 def test_training_ends_where_the_reference_ends(op, impl):
     contracts.trains_like_reference(SPECS[op], plain_case(SPECS[op], impl, torch.float32), impl)
 
