@@ -101,6 +101,18 @@ def _scan(dtype: torch.dtype) -> Iterator[tuple]:
         name = f"P{P} N{N}"
         make = partial(selective_scan.draw_case, dtype, name, (1, 67, 4, P, N), full=N <= 64)
         yield "selective_scan", name, make
+    parts = partial(selective_scan.draw_case, dtype, "P1 N16 in parts", (1, 800, 16, 1, 16))
+    yield "selective_scan", "P1 N16 in parts", parts
+    for N in (64, 128):
+        name, mamba = (
+            f"P64 N{N} mamba",
+            {"real": True, "discretization": "euler", "weights": ("token", "token")},
+        )
+        yield (
+            "selective_scan",
+            name,
+            partial(selective_scan.draw_case, dtype, name, (1, 67, 4, 64, N), **mamba),
+        )
 
 
 def _pointwise(dtype: torch.dtype) -> Iterator[tuple]:
@@ -147,7 +159,10 @@ def configuration_of(launch: Launch) -> tuple:
     """What was chosen for a launch: the kernel, the dtype of its data, blocks, warps and stages."""
     tensors = [a for a in launch.args if isinstance(a, torch.Tensor)]
     dtype = min((t.dtype for t in tensors), key=lambda d: d.itemsize)
+    others = ("BIAS", "B_GROUP", "B_HEADS", "B_STRIDE")  # what begins with a B and is no block
     blocks = {
-        n: v for n, v in launch.constexprs.items() if n.startswith("B") or n in ("C", "SEGMENT", "SEGMENTED")
+        n: v
+        for n, v in launch.constexprs.items()
+        if (n.startswith("B") and n not in others) or n in ("C", "SEGMENT", "SEGMENTED")
     }
     return launch.kernel.__name__, str(dtype), *sorted(blocks.items()), *sorted(launch.options.items())
