@@ -10,9 +10,8 @@ from .._core.runtime import accumulate_dtype, launch
 from .kernels.channels_adjoint import scan_adjoint
 from .kernels.channels_backward import scan_backward
 from .kernels.exponential import ACCURATE, MUFU, PORTABLE
-from .launch_channels import SEGMENT, UNROLL, cut, dense
+from .launch_channels import SEGMENT, STATES_PER_THREAD, UNROLL, cut, dense
 
-EACH = 8  # states of a lane
 PARTS = 2  # in which the accurate walk does them
 MOST_WARPS = 8
 # By how many natural logs a state may grow again when a fast call walks it back through a segment. Errors of
@@ -32,10 +31,10 @@ class Tiling(NamedTuple):
 
 
 def tiling(channels: int, N: int) -> Tiling:
-    """EACH states per lane, one warp where N allows; `channels` of one group of heads."""
+    """STATES_PER_THREAD states per lane, one warp where N allows; `channels` of one group of heads."""
     block_n = 1 << (N - 1).bit_length()
-    block_c = max(1, min(32 * EACH // block_n, 1 << (channels - 1).bit_length()))
-    warps = min(MOST_WARPS, max(1, block_c * block_n // (32 * EACH)))
+    block_c = max(1, min(32 * STATES_PER_THREAD // block_n, 1 << (channels - 1).bit_length()))
+    warps = min(MOST_WARPS, max(1, block_c * block_n // (32 * STATES_PER_THREAD)))
     return Tiling(block_c, block_n, -(-channels // block_c), warps)
 
 
