@@ -15,7 +15,6 @@ from . import blocks, dual, scalar
 from .discrete import Params, ScanGradients, Scratch, concatenated, joined
 
 DUAL_CHANNELS = 4  # fewer channels per head do not repay building the matrices
-DUAL_TOKENS = 4
 NOTHING = (0,)
 SLAB = 2**18  # numbers of a factor of `dual` in a call
 BLOCK = 2**18  # states of a block: more leave the cache, fewer cost calls
@@ -60,7 +59,7 @@ def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], et
 def takes_one_pole(u: Tensor, A: Tensor, B: Tensor, C: Tensor, euler: bool) -> bool:
     """Whether A may stay [H,1] beside more modes of B and C: the case of `scalar.py`."""
     dependent = not A.is_complex() and A.ndim == 2 and B.ndim == C.ndim == 4
-    return euler and dependent and u.shape[1] >= DUAL_TOKENS and u.shape[3] >= DUAL_CHANNELS
+    return euler and dependent and u.shape[3] >= DUAL_CHANNELS
 
 
 def plan(
@@ -68,10 +67,11 @@ def plan(
 ) -> tuple[ModuleType, int, int]:
     """Return the way, the tokens per chunk, and the chunks per call.
 
-    Chunks of `blocks` are shorter for larger states, since a block holds all of its own.
+    Chunks of `blocks` are shorter for larger states, since a block holds all of its own. T decides nothing:
+    a compiled graph serves any.
     """
-    batch, T, H, P = shape
-    if one_pole or P >= DUAL_CHANNELS and not by_channel and T >= DUAL_TOKENS:
+    batch, _, H, P = shape
+    if one_pole or P >= DUAL_CHANNELS and not by_channel:
         return scalar if one_pole else dual, dual.CHUNK, max(1, SLAB // max(1, batch * dual.CHUNK * H * N))
     return blocks, min(64, max(16, BLOCK // max(1, batch * H * P * N))), 1
 

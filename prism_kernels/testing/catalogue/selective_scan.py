@@ -219,7 +219,7 @@ def wide_token_cases(dtype: torch.dtype) -> list[Case]:
     packed = make("Mamba-2, packed", (1, 24, 8, 24, 22), **mamba)
     bounds, states = torch.tensor([0, 17, 17, 20]), Draw(4, dtype).wide_normal(3, 8, 24, 22)
     packed = packed.with_tensors(initial_state=states, cu_seqlens=bounds)
-    forgetting = make("one pole, forgetting at once", (1, 18, 8, 24, 22), steps=(1e-6, 1e2), **mamba)
+    forgetting = make("one pole, forgetting at once", (1, 18, 16, 24, 22), steps=(1e-6, 1e2), **mamba)
     cases = [
         make("poles of their own, two rows", (2, 5, 2, 24, 22), real=True, discretization="euler"),
         *(c.with_tensors(A=c.tensors["A"][:, :1]) for c in (one_pole, packed, forgetting)),
