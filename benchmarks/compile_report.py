@@ -110,6 +110,8 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
             calls.append(
                 (f"P32 N{N} packed, fused {short}", partial(_scan, 32, N, dtype, packed=True, fused=True))
             )
+        if dtype == torch.bfloat16:
+            calls.append((f"P32 N64 split {short}", partial(_scan, 32, 64, dtype, split=True)))
         N = 128 if dtype == torch.bfloat16 else 64
         calls.append((f"P64 N{N} mamba {short}", partial(_scan, 64, N, dtype, **SCAN_CALLS["mamba"])))
         calls.append((f"step P1 N16 {short}", partial(_scan_step, 1, 16, dtype)))
@@ -255,12 +257,15 @@ def _swiglu(F: int, dtype: torch.dtype) -> tuple:
 
 
 def record(call: Callable[[], object]) -> list[Launch]:
-    """The launches of one call, forward and backward; each kernel and configuration once."""
+    """The launches of one call, forward and backward; each specialisation of a kernel once."""
     with record_launches() as launches:
         outputs = [y for y in call() if isinstance(y, torch.Tensor) and y.requires_grad]
         torch.autograd.backward(outputs, [torch.zeros_like(y) for y in outputs])
-    seen = {(launch.kernel.__name__, str(launch.constexprs)): launch for launch in reversed(launches)}
-    return list(reversed(seen.values()))
+    seen: dict[tuple, Launch] = {}
+    for launch in launches:
+        absent = tuple(x is None for x in launch.args)
+        seen.setdefault((launch.kernel.__name__, str(launch.constexprs), absent), launch)
+    return list(seen.values())
 
 
 def launches(only: str, target: str) -> list[tuple[str, Launch]]:

@@ -274,6 +274,6 @@ def chunk_backward(
         (R * H * 2,),
         q, k, do, G, b, norm_q, norm_k, bounds,
         E, E_top, state, state_top, dR, dR_top, dstate, dstate_top, dq, dk, dv, dg[0], dg[1], dbeta, T, S,
-        V=V, BV=blocks["BV"], **row("inputs_kernel", q, v), **common,
+        V=V, BV=blocks["BV"], PTX=not is_amd(q.device), **row("inputs_kernel", q, v), **common,
     )  # fmt: skip
     return dq, dk, dv, dg.sum(0), dbeta, dfirst

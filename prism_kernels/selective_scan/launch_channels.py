@@ -141,9 +141,9 @@ def dense(weights: Tensor, A: Tensor) -> Tensor:
     return weights if steps == ((2, 1) if pair else (1,)) else weights.contiguous()
 
 
-def cut(sequences: int, blocks: int, T: int) -> tuple[int, int, int]:
+def cut(sequences: int, blocks: int, T: int, enough: int = MANY_PROGRAMS) -> tuple[int, int, int]:
     """Programs, the parts that every sequence is cut into, and their tokens: by the shape alone."""
-    splits = min(MOST_SPLITS, MANY_PROGRAMS // max(1, sequences * blocks), T // LEAST_SPAN)
+    splits = min(MOST_SPLITS, enough // max(1, sequences * blocks), T // LEAST_SPAN)
     if splits < LEAST_SPLITS:
         return sequences * blocks, 1, T
     part = -(-T // (splits * SEGMENT)) * SEGMENT

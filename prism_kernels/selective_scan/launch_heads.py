@@ -9,11 +9,13 @@ from .._core.configs import is_amd
 from .._core.runtime import launch
 from .kernels.heads_backward import heads_adjoint_kernel, heads_backward_kernel
 from .kernels.heads_forward import heads_forward_kernel
+from .launch_channels import cut
 
 CHUNK = 16  # tokens
 CHANNELS = 32  # of a program
 STATES = 64  # of a block of the backward, at most
 WARPS = 8  # of the backward
+MANY_PROGRAMS = 264  # enough to fill a device: with far fewer, sequences are cut
 LEAST_STATES = 17  # of a head; narrower blocks repeat products in every warp
 LEAST_SHARE = 0.5  # of the blocks of channels and states that a head fills
 # Numbers of 8 bits that operands of products are split into: in y, and in states and gradients.
@@ -92,14 +94,27 @@ def forward(
     states = u.new_empty(shape if save else 0, dtype=dtype)
     common = constants(u, A, B, C, D, z, dt_bias, cu_seqlens, dt_softplus, reverse, euler)
     tensors, strides = arguments(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
-    launch(
-        heads_forward_kernel,
-        (S * H * -(-P // CHANNELS),),
-        *tensors, y, final, states, T, *strides,
-        FIRST=initial_state is not None, SAVE=save, num_stages=1,
-        num_warps=8 if common["ONE"] > 1 or common["BN"] > 64 else 4, **common,
-    )  # fmt: skip
+    blocks, warps = H * -(-P // CHANNELS), 8 if common["ONE"] > 1 or common["BN"] > 64 else 4
+    programs, splits, span = cut(S, blocks, T, MANY_PROGRAMS)
+
+    def run(*args: Tensor | None, FIRST: bool, SAVE: bool) -> None:
+        launch(
+            heads_forward_kernel, (programs,), *tensors, *args, T, span, *strides,
+            num_warps=warps, num_stages=1, FIRST=FIRST, SAVE=SAVE, SPLITS=splits, **common,
+        )  # fmt: skip
+
+    parts = totals = None
+    if splits > 1:
+        parts, totals = room_of_parts(final, splits)
+        run(None, totals, None, parts, states, FIRST=False, SAVE=False)
+    run(parts, totals, y, final, states, FIRST=initial_state is not None, SAVE=save)
     return y, final, [states]
+
+
+def room_of_parts(states: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Room for what the parts of cut sequences end in, and their sums of step sizes in float64."""
+    S, H = states.shape[:2]
+    return states.new_empty(S, splits, *states.shape[1:]), states.new_empty(S, splits, H, dtype=torch.float64)
 
 
 def backward(
@@ -143,12 +158,19 @@ def backward(
     dD = new((R, H, P), dtype=torch.float32)
     dz = new(0 if z is None else z.shape, dtype=u.dtype if z is None else z.dtype)
     dinitial = torch.empty((S, H, P, N, *pair), dtype=torch.float32, device=u.device)
-    launch(
-        heads_adjoint_kernel,
-        (S * H * NP * NJ,),
-        *tensors, dy, ends, dinitial, T, *strides,
-        DFINAL=dfinal is not None, num_warps=4, num_stages=1, **common,
-    )  # fmt: skip
+    programs, splits, span = cut(S, H * NP * NJ, T, MANY_PROGRAMS)
+
+    def lead_back(*args: Tensor | None, DFINAL: bool) -> None:
+        launch(
+            heads_adjoint_kernel, (programs,), *tensors, dy, *args, T, span, *strides,
+            num_warps=4, num_stages=1, DFINAL=DFINAL, SPLITS=splits, **common,
+        )  # fmt: skip
+
+    parts = totals = None
+    if splits > 1:
+        parts, totals = room_of_parts(dinitial, splits)
+        lead_back(None, totals, None, parts, DFINAL=False)
+    lead_back(parts, totals, ends, dinitial, DFINAL=dfinal is not None)
     launch(
         heads_backward_kernel,
         (R * H * NP * 2,),

@@ -101,8 +101,9 @@ def _scan(dtype: torch.dtype) -> Iterator[tuple]:
         name = f"P{P} N{N}"
         make = partial(selective_scan.draw_case, dtype, name, (1, 67, 4, P, N), full=N <= 64)
         yield "selective_scan", name, make
-    parts = partial(selective_scan.draw_case, dtype, "P1 N16 in parts", (1, 800, 16, 1, 16))
-    yield "selective_scan", "P1 N16 in parts", parts
+    for H, P, N in ((16, 1, 16), (2, 32, 64)):  # long enough to be cut in time
+        name = f"P{P} N{N} in parts"
+        yield "selective_scan", name, partial(selective_scan.draw_case, dtype, name, (1, 800, H, P, N))
     for N in (64, 128):
         name, mamba = (
             f"P64 N{N} mamba",

@@ -21,10 +21,10 @@ def device_of(impl):
 def paths(*extra, long=False):
     """(op, path) for every path that an op has.
 
-    What takes `long` in the interpreter is `full` for "an op with ...": the same op on other cases.
+    What takes `long` in the interpreter is `full` for "an op with ...": the same kernels on other cases.
     """
     pairs = [(s.name, p) for s in SPECS.values() for p in (*s.paths, *extra)]
-    full = [long and impl == "triton" and " with " in op for op, impl in pairs]
+    full = [long and impl == "triton" and re.search("[ _]with[ _]", op) is not None for op, impl in pairs]
     marked = [
         pytest.param(*pair, id="-".join(pair), marks=pytest.mark.full if slow else ())
         for pair, slow in zip(pairs, full, strict=True)
@@ -61,7 +61,7 @@ def test_two_tokens_equal_the_definition(op, impl):
     contracts.equals_definition(SPECS[op], impl)
 
 
-@paths("reference")
+@paths("reference", long=True)
 def test_gradients_equal_finite_differences(op, impl):
     if device_of(impl) == "cuda":
         pytest.skip("float64 kernels are for the interpreter")
@@ -73,7 +73,7 @@ def test_ops_are_registered_rightly(op, impl):
     contracts.registered_rightly(SPECS[op], plain_case(SPECS[op], impl, torch.float32), impl)
 
 
-@paths()
+@paths(long=True)
 def test_ops_compile_into_one_graph_for_any_length(op, impl):
     contracts.compiles_whole(SPECS[op], plain_case(SPECS[op], impl, torch.float32), impl)
 

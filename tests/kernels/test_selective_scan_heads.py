@@ -5,6 +5,7 @@ import torch
 
 from prism_kernels import selective_scan, selective_scan_step
 from prism_kernels._core.runtime import record_launches
+from prism_kernels.selective_scan import launch_channels
 from prism_kernels.selective_scan.reference import scan_reference
 from prism_kernels.testing.budgets import LIMIT, errors
 from prism_kernels.testing.inputs import Draw
@@ -137,13 +138,26 @@ CASES = {
 }
 
 
+LONG = {
+    "in parts": case(T=64),
+    "in parts, backward in time": case(T=73, reverse=True, dt_softplus=True),
+    "in parts, packed": case(T=64, bounds=[0, 0, 17, 18, 60], weights="token"),
+    "in parts, poles decay far apart by turns": case(T=64, steps=(1e-4, 30.0), rates=(0.1, 8.0), seed=3),
+    "in parts, undamped": case(T=73, rates=(0.0, 0.0)),
+    "in parts, one real pole, Euler": case(T=64, real=True, tied=True, weights="token", euler=True),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
 def test_errors_are_at_most_twice_those_of_plain_pytorch(name, dtype):
     """A gradient that is a sum over all tokens is allowed some roundings more: plain PyTorch may be lucky."""
     drawn, options = CASES[name]
-    tensors = draw(dtype, **drawn)
-    dy, dfinal = cotangents(tensors)
+    stays_within_budget(draw(dtype, **drawn), options)
+
+
+def stays_within_budget(tensors, options):
+    dtype, (dy, dfinal) = tensors["u"].dtype, cotangents(tensors)
     got = forward_backward(tensors, dy, dfinal, **options)
     oracle = by_definition({n: wide(x) for n, x in tensors.items()}, dy, dfinal, **options)
     low = dtype if dtype == torch.bfloat16 else None
@@ -155,6 +169,34 @@ def test_errors_are_at_most_twice_those_of_plain_pytorch(name, dtype):
             slack += torch.finfo(low).eps / 2
         ratios = [a / (b + slack) for a, b in zip(e.relative, p.relative, strict=True)]
         assert max(ratios) <= LIMIT, (key, ratios, e.relative, p.relative)
+
+
+@pytest.mark.parametrize("name, dtype", [*((n, torch.float32) for n in LONG), ("in parts", torch.bfloat16)])
+def test_sequences_cut_in_time_are_as_exact(monkeypatch, name, dtype):
+    monkeypatch.setattr(launch_channels, "SEGMENT", 16)
+    monkeypatch.setattr(launch_channels, "LEAST_SPAN", 16)
+    drawn, options = LONG[name]
+    tensors = draw(dtype, **drawn)
+    found = cuts(tensors)
+    assert found.keys() == {"heads_forward_kernel", "heads_adjoint_kernel"}
+    assert all(len(splits) == 2 and min(splits) >= 3 for splits in found.values())
+    stays_within_budget(tensors, options)
+
+
+def cuts(tensors):
+    """Into how many parts the launches of each kernel cut sequences."""
+    dy, dfinal = cotangents(tensors)
+    with record_launches() as launches:
+        forward_backward(tensors, dy, dfinal)
+    found = [(x.kernel.__name__, x.constexprs["SPLITS"]) for x in launches if "SPLITS" in x.constexprs]
+    return {name: [splits for n, splits in found if n == name] for name, _ in found}
+
+
+@pytest.mark.parametrize(
+    "H, T, splits", [(1, 767, 1), (1, 768, 3), (1, 4096, 16), (8, 100_000, 16), (66, 4096, 4), (89, 4096, 1)]
+)
+def test_only_long_sequences_of_few_heads_are_cut(H, T, splits):
+    assert set(cuts(draw(T=T, H=H, P=32, N=1))["heads_forward_kernel"]) == {splits}
 
 
 @pytest.mark.parametrize("steps", [(1e-2, 0.5), (1e-3, 30.0)], ids=["mild", "stiff"])

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..._core.chunk_rows import chunk_at, span
-from ..._core.tl_math import dot, narrow
+from ..._core.tl_math import dot, narrow, opaque
 from .common import (
     checkpoint_at,
     checkpoint_row,
@@ -159,7 +159,7 @@ def inputs_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SCALE: tl.constexpr, L2: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk of one key head, summed over its value heads, given E, dR and both boundary
     states: role 0 dq, role 1 dk, dv, dbeta; each has its share of dg. Values go by in the blocks of
@@ -174,20 +174,19 @@ def inputs_kernel(
         return
     DTYPE: tl.constexpr = p_q.dtype.element_ty
     # Passes of role 1 over the values: all sums at once would spill; what is read again is in the cache.
-    PARTS: tl.constexpr = 3 if HV > H else 2 if BK > 32 else 1
+    PARTS: tl.constexpr = (3 if DTYPE == ACC else 4) if HV > H else 2 if BK > 32 else 1
+    PAIRS: tl.constexpr = min(PARTS - 1, 2)  # the pass for M
+    AGAIN: tl.constexpr = HV > H and DTYPE != ACC and PTX  # G and beta are loaded in each, to spare registers
     GACC: tl.constexpr = p_G.dtype.element_ty  # sums of dg cancel: in float32 they need more
     o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
     m_t, m_k = o_c < rest, o_k < K
     i, j = o_c[:, None], o_c[None, :]
     of_key = (first * H + i_h) * K
-    o_ck, m_ck = o_c[None, :] * (H * K) + o_k[:, None], m_k[:, None] & m_t[None, :]
     dx = tl.zeros([BK, C], ACC)
 
     for i_g in tl.range(0, HV // H, disable_licm=True):
         i_rh = i_r * HV + i_h * (HV // H) + i_g
         rows, of_value = i_rh * C, first * HV + i_h * (HV // H) + i_g
-        G, beta = tl.load(p_G + rows + o_c), tl.load(p_b + rows + o_c)
-        gamma = tl.exp2(G).to(ACC)
         if role == 0:
             A, read = tl.zeros([C, C], ACC), tl.zeros([BK, C], ACC)  # A is that of P, across
             for i_v in tl.range(0, NV, disable_licm=True):
@@ -202,6 +201,8 @@ def inputs_kernel(
                 held = load_fixed(p_S + i_rh * K * V, o_kv, top, m_k[:, None] & m_v, ACC)
                 held, held_low = split(held, DTYPE, ACC)
                 read += dot_parts(held, held_low, tl.trans(do), None, DTYPE, PRECISION, ACC)
+            G, beta = tl.load(p_G + rows + o_c), tl.load(p_b + rows + o_c)
+            gamma = tl.exp2(G).to(ACC)
             norm_k, norm_q = (
                 load_norm(p_norm_k + rows, o_c, L2, ACC),
                 load_norm(p_norm_q + rows, o_c, L2, ACC),
@@ -232,12 +233,14 @@ def inputs_kernel(
                     E = load_fixed(p_E + rows * V, o_cv, top, m_v, ACC)
                     if part == 0:
                         dbeta += tl.sum(dR * E, 1)
+                        beta = tl.load(p_b + rows + o_c)
                         p = p_dv + of_value * V + o_c[:, None] * (HV * V) + o_v[None, :]
                         tl.store(p, narrow(dR * beta[:, None], DTYPE), mask=m_t[:, None] & m_v)
                     dR, dR_low = split(dR, DTYPE, ACC)
                     E, E_low = split(E, DTYPE, ACC)
                     if part == PARTS - 1:
                         A += dot(do, tl.trans(E), DTYPE, PRECISION, ACC)
+                    if part == PAIRS:
                         M += dot(dR, tl.trans(E), DTYPE, PRECISION, ACC)
                         M_across += dot_parts(E, E_low, tl.trans(dR), None, DTYPE, PRECISION, ACC)
                     if part == 0:
@@ -255,6 +258,9 @@ def inputs_kernel(
                         dstate = load_fixed(p_dS + i_rh * K * V, o_kv, top, m_kv, ACC)
                         held, held_low = split(dstate, DTYPE, ACC)
                         kept += dot_parts(held, held_low, tl.trans(E), tl.trans(E_low), DTYPE, PRECISION, ACC)
+                zero = tl.multiple_of(opaque(i_g * 0, AGAIN), 16)
+                G, beta = tl.load(p_G + rows + zero + o_c), tl.load(p_b + rows + zero + o_c)
+                gamma = tl.exp2(G).to(ACC)
                 norm_k, norm_q = (
                     load_norm(p_norm_k + rows, o_c, L2, ACC),
                     load_norm(p_norm_q + rows, o_c, L2, ACC),
@@ -262,8 +268,13 @@ def inputs_kernel(
                 k = load_tokens_across(p_k + of_key, o_c, o_k, rest, H, K)
                 if part == PARTS - 1:
                     q = load_tokens_across(p_q + of_key, o_c, o_k, rest, H, K)
+                    A *= (
+                        (norm_q * SCALE)[:, None]
+                        * beta[None, :]
+                        * decays(G[:, None], G[None, :], i >= j, ACC)
+                    )
+                if part == PAIRS:
                     D = decays(G[:, None], G[None, :], i >= j, ACC)
-                    A *= (norm_q * SCALE)[:, None] * beta[None, :] * D
                     M *= beta[:, None] * beta[None, :] * tl.where(i > j, D, 0.0)
                     M_across *= beta[:, None] * beta[None, :] * decays(G[None, :], G[:, None], i < j, ACC)
                 if part == 0:
@@ -278,15 +289,20 @@ def inputs_kernel(
                     dx += kept
                 if part == PARTS - 1:
                     dx += dot(q, A, DTYPE, PRECISION, ACC)
-                    dx -= dot(k, (M + M_across) * norm_k[:, None], DTYPE, PRECISION, ACC)
+                if part == PAIRS:
+                    if DTYPE != ACC:  # before or after: whichever does not spill
+                        dx -= dot(k, (M + M_across) * norm_k[:, None], DTYPE, PRECISION, ACC)
                     kk = dot(tl.trans(k), k, DTYPE, PRECISION, ACC) * norm_k[:, None] * norm_k[None, :]
                     dg -= across_cut((kk * M_across).to(GACC), C)
+                    if DTYPE == ACC:
+                        dx -= dot(k, (M + M_across) * norm_k[:, None], DTYPE, PRECISION, ACC)
                 if part == PARTS // 3:
                     dg += tl.cumsum(left, 0) - left - tl.cumsum(by_row, 0, reverse=True)
                     dg += tl.sum(end, 0) * tl.exp2(G_end)
             tl.store(p_dg_k + of_value + o_c * HV, dg, mask=m_t)
     norms = (i_r * HV + i_h * (HV // H)) * C  # of the first head: all of a group have the same
     norm_k, norm_q = load_norm(p_norm_k + norms, o_c, L2, ACC), load_norm(p_norm_q + norms, o_c, L2, ACC)
+    o_ck, m_ck = o_c[None, :] * (H * K) + o_k[:, None], m_k[:, None] & m_t[None, :]
     if role == 0:
         dx = unnormalised(dx, p_q + of_key, o_c, o_k, rest, norm_q, H, K, L2, ACC)
         tl.store(p_dq + of_key + o_ck, narrow(dx, DTYPE), mask=m_ck)

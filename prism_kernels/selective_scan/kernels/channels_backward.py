@@ -75,6 +75,16 @@ def rerun(
 
 
 @triton.jit
+def state_after(ends, o_state, mask, ACC: tl.constexpr, REAL: tl.constexpr):
+    """The state that a segment ends in: the start of the next, or the last of all. Masks choose between the
+    two, for a pointer chosen by a branch does not compile for AMD on Triton 3.6.
+    """
+    p_next, p_last, is_last = ends
+    after = load_number(p_next + o_state, mask & (is_last == 0), ACC, REAL)
+    return pick(is_last, load_number(p_last + o_state, mask & is_last, ACC, REAL), after)
+
+
+@triton.jit
 def walk(
     p_numbers, places, B_stride, C_stride, part_stride, kept, p_rows, D, tokens, stored, m_c, N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr,
@@ -87,7 +97,7 @@ def walk(
     run again for that. Otherwise it is (h_t - w_t B_t u_t) / a_t. The states are done in PARTS, one after
     another: a part has a register for everything. The adjoint and the sums over time come and go by memory.
     """
-    p_A, p_B, p_C, p_dB, p_dC, p_start, p_end = places
+    p_A, p_B, p_C, p_dB, p_dC, p_start, ends = places
     k_u, k_dt, k_g, k_du, k_ddt, k_y = kept
     ACC: tl.constexpr = k_u.dtype.element_ty
     PLANES: tl.constexpr = 1 if REAL else 2
@@ -118,7 +128,7 @@ def walk(
                 BLOCK_C, ROW,
             )  # fmt: skip
             tl.debug_barrier()
-        h = load_number(p_end + o_state, mask, ACC, REAL)
+        h = state_after(ends, o_state, mask, ACC, REAL)
         for j_back in range(tokens):
             j = tokens - 1 - j_back
             u = tl.load(k_u + j * BLOCK_C)
@@ -176,7 +186,7 @@ def walk(
 
 @triton.jit
 def walk_by_differences(
-    m, sums, p_A, p_B, p_C, p_end, o_n, mask, D, k_u, tokens, driven, BLOCK_C: tl.constexpr,
+    m, sums, p_A, p_B, p_C, ends, o_n, mask, D, k_u, tokens, driven, BLOCK_C: tl.constexpr,
     AREA: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Walk back through a segment with v = h + B u / A: for complex poles, static B and C, fast.
@@ -185,7 +195,7 @@ def walk_by_differences(
     """
     ACC: tl.constexpr = k_u.dtype.element_ty
     KAPPA: tl.constexpr = 2.0
-    h = load_number(p_end + o_n * 2, mask, ACC, False)
+    h = state_after(ends, o_n * 2, mask, ACC, False)
     A = pole(load_number(p_A + o_n * 2, mask, ACC, False))
     B = load_number(p_B + o_n * 2, mask, ACC, False)
     C = load_number(p_C + o_n * 2, mask, ACC, False)
@@ -333,12 +343,9 @@ def scan_backward(
             p_C = C_ptr + (head * C_stride_g + lane * C_stride_p)[None, :]
         o_part = (((i_b * T + first) * G + i_g) * BLOCKS + i_c) * (N * PLANES)
         o_state = o_c[None, :] * (N * PLANES)
-        p_start = states_ptr + (row + number) * STATES
-        p_end = p_start + STATES
-        if (number + 1) * SEGMENT >= length:
-            p_end = last_ptr + i_s * STATES
-        p_start = p_start + o_state
-        p_end = p_end + o_state
+        p_start = states_ptr + (row + number) * STATES + o_state
+        is_last = (number + 1) * SEGMENT >= length
+        ends = p_start + STATES, last_ptr + i_s * STATES + o_state, is_last
 
         k_u = p_scratch + BLOCK_C
         kept = k_u, k_u + AREA, k_u + 2 * AREA, k_u + 6 * AREA
@@ -365,7 +372,7 @@ def scan_backward(
         if difference:
             if SHIFTED:
                 m, dA, dB, dC = walk_by_differences(
-                    m, sums, p_A, p_B, p_C, p_end, o_n, mask, D, k_u, tokens, driven, BLOCK_C, AREA,
+                    m, sums, p_A, p_B, p_C, ends, o_n, mask, D, k_u, tokens, driven, BLOCK_C, AREA,
                     GATED, FAST,
                 )  # fmt: skip
                 sums = dA, dB, dC
@@ -376,7 +383,7 @@ def scan_backward(
             store_number(p_numbers + 2 * TILE + o_tile, sums[1], mask)
             store_number(p_numbers + 3 * TILE + o_tile, sums[2], mask)
             tl.debug_barrier()
-            places = p_A, p_B, p_C, dB_ptr + o_part, dC_ptr + o_part, p_start, p_end
+            places = p_A, p_B, p_C, dB_ptr + o_part, dC_ptr + o_part, p_start, ends
             areas = k_u, k_u + AREA, k_u + 2 * AREA, k_u + 3 * AREA, k_u + 4 * AREA, k_u + 5 * AREA
             walk(
                 p_numbers, places, SIGN * B_STRIDE, SIGN * C_STRIDE, SIGN * PART, areas, p_numbers + 4 * TILE,

@@ -15,6 +15,7 @@ from .heads_common import (
     STIFF,
     across,
     decays,
+    led,
     load_planes,
     parts,
     poles,
@@ -142,29 +143,29 @@ def gated(p_dy, p_z, o_y, o_z, m, GATED: tl.constexpr):
     return g
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "SPAN"])
 def heads_adjoint_kernel(
     p_u, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_dfinal, p_bounds, p_dy,
-    p_ends, p_dfirst,
-    T, u_b, u_t, u_h, dt_b, dt_t, dt_h, z_b, z_t, z_h, B_b, B_t, B_g, C_b, C_t, C_g,
+    p_parts, p_totals, p_ends, p_dfirst,
+    T, SPAN, u_b, u_t, u_h, dt_b, dt_t, dt_h, z_b, z_t, z_h, B_b, B_t, B_g, C_b, C_t, C_g,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
     C: tl.constexpr,
     B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, REAL: tl.constexpr, EULER: tl.constexpr,
     SKIP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     DFINAL: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
-    ONE: tl.constexpr, TWO: tl.constexpr, PTX: tl.constexpr,
+    ONE: tl.constexpr, TWO: tl.constexpr, PTX: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """For every chunk the gradient of the state at its end, turned back to its start, and that of the initial
-    state. Grid (sequences * H * blocks of P * blocks of BJ states).
+    state. With SPLITS > 1 a first launch without p_ends leaves that at the start of each part, from zero, in
+    p_dfirst, as in `heads_forward_kernel`. Grid (sequences * SPLITS * H * blocks of P * blocks of BJ states).
     """
     NP: tl.constexpr = (P + BP - 1) // BP
     NJ: tl.constexpr = (N + BJ - 1) // BJ
     PLANES: tl.constexpr = 1 if REAL else 2
     i_j, i_p = tl.program_id(0) % NJ, tl.program_id(0) // NJ % NP
-    i_h, i_s = (
-        (tl.program_id(0) // (NJ * NP) % H).to(tl.int64),
-        (tl.program_id(0) // (NJ * NP * H)).to(tl.int64),
-    )
+    i_h = (tl.program_id(0) // (NJ * NP) % H).to(tl.int64)
+    i_part = (tl.program_id(0) // (NJ * NP * H)).to(tl.int64)
+    i_s, i_split = i_part // SPLITS, i_part % SPLITS
     start, length, row = span(p_bounds, i_s, T, C, PACKED)
     i_b, first = (i_s * 0, start) if PACKED else (i_s, i_s * 0)
     o_c, o_n, o_p = tl.arange(0, C), i_j * BJ + tl.arange(0, BJ), i_p * BP + tl.arange(0, BP)
@@ -177,13 +178,23 @@ def heads_adjoint_kernel(
     slow, apart = slowest(p_A, i_h, N, BN, REAL)
     _, _, faster, turns, inverse = poles(p_A, i_h, slow, o_n, N, REAL)
     bias = tl.load(p_bias + i_h).to(tl.float32) if BIAS else 0.0
-    o_state = state_offsets(i_s * H + i_h, o_n, o_p, P, N, REAL)
+    STATES: tl.constexpr = H * P * N * PLANES
+    o_state = state_offsets(i_h, o_n, o_p, P, N, REAL)
     e_r, e_i = tl.zeros([BJ, BP], tl.float32), tl.zeros([BJ, BP], tl.float32)
     if DFINAL:
-        e_r, e_i = load_planes(p_dfinal, o_state, m_state, 1, REAL)
+        e_r, e_i = load_planes(p_dfinal + i_s * STATES, o_state, m_state, 1, REAL)
+    chunk, chunks = i_split * 0, tl.cdiv(length, C)
+    if SPLITS > 1:
+        chunk = i_split * SPAN // C
+        chunks = tl.minimum(chunk + SPAN // C, chunks)
+        if p_ends is not None:
+            e_r, e_i = led(
+                e_r, e_i, p_parts, p_totals + i_h, i_s * SPLITS + SPLITS - 1, SPLITS - 1 - i_split, o_state,
+                m_state, slow, faster, turns, -1, H, STATES, REAL,
+            )  # fmt: skip
+    total = tl.sum(tl.zeros([C], tl.float64), 0)
 
-    chunks = tl.cdiv(length, C)
-    for i in tl.range(0, chunks, disable_licm=True):
+    for i in tl.range(0, chunks - chunk, disable_licm=True):
         t = (chunks - 1 - i) * C + o_c
         m_t = t < length
         o_t = first + ((length - 1 - t) if REVERSE else t)
@@ -207,12 +218,19 @@ def heads_adjoint_kernel(
         v = split(g * tl.exp2(slow * time.to(tl.float32))[:, None], TWO)
 
         e_r, e_i = (e_r, e_i) if REAL else unturned(e_r, e_i, cos_end[:, None], sin_end[:, None], REAL)
-        o_row = (((row + chunks - 1 - i) * H + i_h) * (PLANES * N) + o_n[:, None]) * P + o_p[None, :]
-        store_planes(p_ends, o_row, e_r, e_i, m_state, N * P, REAL)
+        if p_ends is None:
+            total += whole
+        else:
+            o_row = (((row + chunks - 1 - i) * H + i_h) * (PLANES * N) + o_n[:, None]) * P + o_p[None, :]
+            store_planes(p_ends, o_row, e_r, e_i, m_state, N * P, REAL)
         e_r = e_r * kept[:, None] + product(across(split(G_r, TWO), TWO), v, TWO, TWO)
         if not REAL:
             e_i = e_i * kept[:, None] + product(across(split(G_i, TWO), TWO), v, TWO, TWO)
-    store_planes(p_dfirst, o_state, e_r, e_i, m_state, 1, REAL)
+    if p_ends is None:
+        store_planes(p_dfirst + i_part * STATES, o_state, e_r, e_i, m_state, 1, REAL)
+        tl.store(p_totals + i_part * H + i_h, total, mask=(i_p == 0) & (i_j == 0))
+    else:
+        store_planes(p_dfirst + i_s * STATES, o_state, e_r, e_i, m_state & (i_split == 0), 1, REAL)
 
 
 @triton.jit

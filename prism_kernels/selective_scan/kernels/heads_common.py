@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from ..._core.tl_math import dot, narrow
-from .exponential import LOG2E, growth
+from .exponential import ACCURATE, LOG2E, growth
+from .streams import step_size
 
 QUARTERS: tl.constexpr = tl.constexpr(0.6366197723675814)  # quarter turns of a radian
 STIFF: tl.constexpr = tl.constexpr(40.0)  # octaves by which states of a chunk may decay apart
@@ -116,16 +117,9 @@ def poles(p_A, i_h, slow, o_n, N: tl.constexpr, REAL: tl.constexpr):
 
 @triton.jit
 def step_sizes(p_dt, o_t, m_t, bias, SOFTPLUS: tl.constexpr):
-    """Step sizes of a chunk, 0 where there is no token. log(1 + v) = 2 atanh(v / (2 + v))."""
-    x = tl.load(p_dt + o_t, mask=m_t, other=0.0).to(tl.float32) + bias
-    if SOFTPLUS:
-        v = tl.exp2(-tl.abs(x) * LOG2E)
-        s = v / (2.0 + v)
-        z = s * s
-        series = 1 / 9 + z * (1 / 11 + z * (1 / 13 + z * (1 / 15)))
-        series = 1.0 + z * (1 / 3 + z * (1 / 5 + z * (1 / 7 + z * series)))
-        x = tl.maximum(x, 0.0) + 2.0 * s * series
-    return tl.where(m_t, x, 0.0)
+    """Step sizes of a chunk, 0 where there is no token."""
+    raw = tl.load(p_dt + o_t, mask=m_t, other=0.0).to(tl.float32) + bias
+    return tl.where(m_t, step_size(raw, SOFTPLUS, ACCURATE)[0], 0.0)
 
 
 @triton.jit
@@ -289,6 +283,29 @@ def store_planes(p, o, r, i, m, STEP: tl.constexpr, REAL: tl.constexpr):
     tl.store(p + o, r, mask=m)
     if not REAL:
         tl.store(p + o + STEP, i, mask=m)
+
+
+@triton.jit
+def led(
+    x_r, x_i, p_parts, p_totals, i_part, count, o_state, m_state, slow, faster, turns,
+    STEP: tl.constexpr, HEADS: tl.constexpr, STATES: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """States of a head, led through `count` parts of its sequence from `i_part` on: forward in time, or back
+    (STEP -1) where they are adjoints. What a part leaves from zero is added to what it makes of its start.
+    """
+    for i in range(count):
+        at = i_part + STEP * i
+        time = tl.load(p_totals + at * HEADS)
+        high, low = parts(time)
+        kept, _ = decays(high, low, faster[0], faster[1])
+        kept = (kept * tl.exp2(slow * time.to(tl.float32)))[:, None]
+        x_r, x_i = x_r * kept, x_i * kept
+        if not REAL:
+            sin, cos = turned(high, low, turns[0], turns[1], REAL)
+            x_r, x_i = times(x_r, x_i, cos[:, None], STEP * sin[:, None], REAL)
+        end_r, end_i = load_planes(p_parts + at * STATES, o_state, m_state, 1, REAL)
+        x_r, x_i = x_r + end_r, x_i + end_i
+    return x_r, x_i
 
 
 @triton.jit

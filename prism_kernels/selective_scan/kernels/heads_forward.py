@@ -9,6 +9,7 @@ from .heads_common import (
     STIFF,
     across,
     decays,
+    led,
     load_planes,
     operands,
     parts,
@@ -42,24 +43,28 @@ def mixing_by_token(G_r, G_i, K_r, K_i, since, faster, steps, C: tl.constexpr, R
     return M
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "SPAN"])
 def heads_forward_kernel(
     p_u, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_first, p_bounds,
-    p_y, p_final, p_states,
-    T, u_b, u_t, u_h, dt_b, dt_t, dt_h, z_b, z_t, z_h, B_b, B_t, B_g, C_b, C_t, C_g,
+    p_parts, p_totals, p_y, p_final, p_states,
+    T, SPAN, u_b, u_t, u_h, dt_b, dt_t, dt_h, z_b, z_t, z_h, B_b, B_t, B_g, C_b, C_t, C_g,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
     B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, REAL: tl.constexpr, EULER: tl.constexpr,
     SKIP: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     FIRST: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
-    ONE: tl.constexpr, TWO: tl.constexpr, PTX: tl.constexpr,
+    ONE: tl.constexpr, TWO: tl.constexpr, PTX: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """y, the final state, and the state before every chunk of C tokens. Grid (sequences * H * blocks of P).
+    """y, the final state, and the state before every chunk of C tokens.
 
-    B_HEADS and C_HEADS are the heads of a group, 0 where B or C is static; SKIP the channels of D, or 0.
+    B_HEADS and C_HEADS are the heads of a group, 0 where B or C is static; SKIP the channels of D, or 0. With
+    SPLITS > 1, SPAN tokens each, a first launch without p_y leaves the state that each part ends in, from
+    zero, in p_final, and the sum of its step sizes in p_totals; the second finds there (p_parts) what its
+    part starts from. Grid (sequences * SPLITS * H * blocks of P).
     """
     NP: tl.constexpr = (P + BP - 1) // BP
     i_p, i_h = tl.program_id(0) % NP, (tl.program_id(0) // NP % H).to(tl.int64)
-    i_s = (tl.program_id(0) // (NP * H)).to(tl.int64)
+    i_part = (tl.program_id(0) // (NP * H)).to(tl.int64)
+    i_s, i_split = i_part // SPLITS, i_part % SPLITS
     start, length, row = span(p_bounds, i_s, T, C, PACKED)
     i_b, first = (i_s * 0, start) if PACKED else (i_s, i_s * 0)
     PLANES: tl.constexpr = 1 if REAL else 2
@@ -68,7 +73,8 @@ def heads_forward_kernel(
     p_u += i_b * u_b + i_h * u_h
     p_dt += i_b * dt_b + i_h * dt_h
     p_z += i_b * z_b + i_h * z_h
-    p_y += (start - first) * (H * P)
+    if p_y is not None:
+        p_y += (start - first) * (H * P)
     if B_HEADS > 0:
         p_B += i_b * B_b + i_h // max(B_HEADS, 1) * B_g
     if C_HEADS > 0:
@@ -77,12 +83,23 @@ def heads_forward_kernel(
     slow, apart = slowest(p_A, i_h, N, BN, REAL)
     A_r, A_i, faster, turns, inverse = poles(p_A, i_h, slow, o_n, N, REAL)
     bias = tl.load(p_bias + i_h).to(tl.float32) if BIAS else 0.0
-    o_state = state_offsets(i_s * H + i_h, o_n, o_p, P, N, REAL)
+    STATES: tl.constexpr = H * P * N * PLANES
+    o_state = state_offsets(i_h, o_n, o_p, P, N, REAL)
     h_r, h_i = tl.zeros([BN, BP], tl.float32), tl.zeros([BN, BP], tl.float32)
     if FIRST:
-        h_r, h_i = load_planes(p_first, o_state, m_state, 1, REAL)
+        h_r, h_i = load_planes(p_first + i_s * STATES, o_state, m_state, 1, REAL)
+    chunk, chunks = i_split * 0, tl.cdiv(length, C)
+    if SPLITS > 1:
+        chunk = i_split * SPAN // C
+        chunks = tl.minimum(chunk + SPAN // C, chunks)
+        if p_y is not None:
+            h_r, h_i = led(
+                h_r, h_i, p_parts, p_totals + i_h, i_s * SPLITS, i_split, o_state, m_state, slow, faster,
+                turns, 1, H, STATES, REAL,
+            )  # fmt: skip
+    total = tl.sum(tl.zeros([C], tl.float64), 0)
 
-    for i_c in tl.range(0, tl.cdiv(length, C), disable_licm=True):
+    for i_c in tl.range(chunk, chunks, disable_licm=True):
         t = i_c * C + o_c
         m_t = t < length
         o_t = first + ((length - 1 - t) if REVERSE else t)
@@ -126,22 +143,25 @@ def heads_forward_kernel(
             to_end = tl.exp2((whole - time).to(tl.float32)[:, None] * (faster[0] + faster[1])[None, :])
             R_r, R_i = split(K_r * to_end, TWO), split(K_i * to_end, TWO)
             driven = tl.full([BN], 1.0, tl.float32)
-        M = tl.where(o_c[:, None] > o_c[None, :], M * tl.exp2(slow * since), 0.0)
-        M = tl.where(o_c[:, None] == o_c[None, :], own[:, None], M)
-        y = product(L_r, split(h_r, ONE), ONE, ONE)
-        if not REAL:
-            y += product(L_i, split(h_i, ONE), ONE, ONE)
-        y = y * tl.exp2(slow * S)[:, None] + product(split(M, ONE), split(u, ONE), ONE, ONE)
         wide = u.to(tl.float32)
-        if SKIP > 0:
-            o_D = i_h * P + o_p if SKIP > 1 else i_h + 0 * o_p
-            y += tl.load(p_D + o_D, mask=o_p < P, other=0.0).to(tl.float32)[None, :] * wide
-        if GATED:
-            o_z = o_t[:, None] * z_t + o_p[None, :]
-            z = tl.load(p_z + o_z, mask=m_t[:, None] & m_p, other=0.0).to(tl.float32)
-            y *= z / (1.0 + tl.exp(-z))
-        o_y = (o_t[:, None] * H + i_h) * P + o_p[None, :]
-        tl.store(p_y + o_y, narrow(y, p_y.dtype.element_ty), mask=m_t[:, None] & m_p)
+        if p_y is None:
+            total += whole
+        else:
+            M = tl.where(o_c[:, None] > o_c[None, :], M * tl.exp2(slow * since), 0.0)
+            M = tl.where(o_c[:, None] == o_c[None, :], own[:, None], M)
+            y = product(L_r, split(h_r, ONE), ONE, ONE)
+            if not REAL:
+                y += product(L_i, split(h_i, ONE), ONE, ONE)
+            y = y * tl.exp2(slow * S)[:, None] + product(split(M, ONE), split(u, ONE), ONE, ONE)
+            if SKIP > 0:
+                o_D = i_h * P + o_p if SKIP > 1 else i_h + 0 * o_p
+                y += tl.load(p_D + o_D, mask=o_p < P, other=0.0).to(tl.float32)[None, :] * wide
+            if GATED:
+                o_z = o_t[:, None] * z_t + o_p[None, :]
+                z = tl.load(p_z + o_z, mask=m_t[:, None] & m_p, other=0.0).to(tl.float32)
+                y *= z / (1.0 + tl.exp(-z))
+            o_y = (o_t[:, None] * H + i_h) * P + o_p[None, :]
+            tl.store(p_y + o_y, narrow(y, p_y.dtype.element_ty), mask=m_t[:, None] & m_p)
 
         v = split(wide * tl.exp2(slow * (whole - time).to(tl.float32))[:, None], TWO)
         kept = (kept * tl.exp2(slow * end))[:, None]
@@ -149,4 +169,8 @@ def heads_forward_kernel(
         if not REAL:
             h_i = kept * h_i + product(across(R_i, TWO), v, TWO, TWO) * driven[:, None]
             h_r, h_i = times(h_r, h_i, cos_end[:, None], sin_end[:, None], REAL)
-    store_planes(p_final, o_state, h_r, h_i, m_state, 1, REAL)
+    if p_y is None:
+        store_planes(p_final + i_part * STATES, o_state, h_r, h_i, m_state, 1, REAL)
+        tl.store(p_totals + i_part * H + i_h, total, mask=i_p == 0)
+    else:
+        store_planes(p_final + i_s * STATES, o_state, h_r, h_i, m_state & (i_split == SPLITS - 1), 1, REAL)
