@@ -36,6 +36,7 @@ from . import budgets, sass
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_MEMORY = 512  # columns, from sm_100
 SCANS = ("scan_forward", "scan_adjoint", "scan_backward")  # kernels that walk the tokens one by one
+CHUNKS = ("heads_forward_kernel", "heads_adjoint_kernel", "heads_backward_kernel")  # or by chunks
 TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -338,6 +339,14 @@ def measure(entry: Entry, launch: Launch, compiled: Any) -> Entry:
             walks = getattr(module, walker)
             part = sass.per_element(walks, code, compiled.asm["ptx"], 32 * entry.warps, states)
             found = found[0] + part[0], found[1] + part[1]
+        entry.per_element, entry.mufu_per_element = (round(x, 2) for x in found)
+    if cuda and entry.kernel in CHUNKS:
+        size = launch.constexprs
+        walks, blocks = entry.kernel != "heads_backward_kernel", -(-size["N"] // size.get("BJ", size["N"]))
+        states = (
+            size["C"] * size["BP"] * (size["BJ"] if entry.kernel == "heads_adjoint_kernel" else size["N"])
+        )
+        found = sass.per_chunk(code, walks, 1 if walks else blocks, 32 * entry.warps, states)
         entry.per_element, entry.mufu_per_element = (round(x, 2) for x in found)
     return entry
 

@@ -9,6 +9,8 @@ token passes once through each such `for` (in a backward kernel that is the repl
 
 where `states` counts the (channel, state) pairs of one program and `steps` the tokens of one pass through the
 machine loop: 1, unless the assembler unrolled, which shows as loads and stores repeated against the PTX.
+
+Kernels that walk chunks count by `per_chunk` instead.
 """
 
 import ast
@@ -132,6 +134,23 @@ def per_element(kernel: Any, code: Code, ptx: str, threads: int, states: int) ->
         instructions += (b - a) * share
         special += sum(name.startswith("MUFU") for name in code.names[a:b]) * share
     return round(instructions, 2), round(special, 2)
+
+
+def per_chunk(code: Code, walks: bool, turns: int, threads: int, states: int) -> tuple[float, float]:
+    """At most so many instructions, and special-function ones, per element of a kernel in chunks of tokens.
+
+    Counted are those of its loop over chunks if it `walks` them, else the whole kernel, whose loops over
+    blocks of states make `turns`; but not loops inside those, which only poles far apart need. `states` are
+    those of a chunk: tokens times channels times states.
+    """
+    outer = [x for x in code.loops if not any(x != y and y[0] <= x[0] and x[1] <= y[1] for y in code.loops)]
+    inner = {i for a, b in code.loops if (a, b) not in outer for i in range(a, b)}
+    longest = max((b - a for a, b in outer), default=0)
+    looped = {i for a, b in outer if not walks or b - a == longest for i in range(a, b)} - inner
+    once = set() if walks else set(range(len(code.names))) - looped - inner
+    weights = dict.fromkeys(once, 1) | dict.fromkeys(looped, turns)
+    special = sum(n for i, n in weights.items() if code.names[i].startswith("MUFU"))
+    return sum(weights.values()) * threads / states, special * threads / states
 
 
 def machine_loop(code: Code, file: str, lines: range) -> tuple[int, int]:

@@ -211,6 +211,16 @@ def instructions(line, *names):
     yield from (f"        /*{i:04x}*/                   {name} R1, R2 ;" for i, name in enumerate(names))
 
 
+def test_kernels_by_chunks_count_each_loop_as_often_as_it_turns():
+    names = ["MOV"] * 20
+    names[5] = names[12] = "MUFU.EX2"
+    code = sass.Code(names, [("", 0)] * 20, [(2, 8), (3, 5), (10, 18), (11, 13)])
+    # of ten instructions in two loops, four are in loops inside those
+    assert sass.per_chunk(code, False, 1, 32, 64) == ((20 - 4) / 2, 1 / 2)
+    assert sass.per_chunk(code, False, 3, 32, 64) == ((6 + 3 * 10) / 2, 3 / 2)
+    assert sass.per_chunk(code, True, 1, 32, 64) == (6 / 2, 0)
+
+
 def disassembly(*loop):
     """A loop from line 12, whose body has helpers from line 3, in a longer loop from line 11."""
     return "\n".join(
