@@ -137,7 +137,7 @@ def per_element(kernel: Any, code: Code, ptx: str, threads: int, states: int) ->
 
 
 def per_chunk(code: Code, walks: bool, turns: int, threads: int, states: int) -> tuple[float, float]:
-    """At most so many instructions, and special-function ones, per element of a kernel in chunks of tokens.
+    """About so many instructions, and special-function ones, per element of a kernel in chunks of tokens.
 
     Counted are those of its loop over chunks if it `walks` them, else the whole kernel, whose loops over
     blocks of states make `turns`; but not loops inside those, which only poles far apart need. `states` are

@@ -176,7 +176,7 @@ def inputs_kernel(
     # Passes of role 1 over the values: all sums at once would spill; what is read again is in the cache.
     PARTS: tl.constexpr = (3 if DTYPE == ACC else 4) if HV > H else 2 if BK > 32 else 1
     PAIRS: tl.constexpr = min(PARTS - 1, 2)  # the pass for M
-    AGAIN: tl.constexpr = HV > H and DTYPE != ACC and PTX  # G and beta are loaded in each, to spare registers
+    AGAIN: tl.constexpr = HV > H and DTYPE != ACC and PTX  # loads of G and beta in each are not merged
     GACC: tl.constexpr = p_G.dtype.element_ty  # sums of dg cancel: in float32 they need more
     o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
     m_t, m_k = o_c < rest, o_k < K
