@@ -143,8 +143,10 @@ def per_chunk(code: Code, walks: bool, turns: int, threads: int, states: int) ->
     blocks of states make `turns`; but not loops inside those, which only poles far apart need. `states` are
     those of a chunk: tokens times channels times states.
     """
-    outer = [x for x in code.loops if not any(x != y and y[0] <= x[0] and x[1] <= y[1] for y in code.loops)]
-    inner = {i for a, b in code.loops if (a, b) not in outer for i in range(a, b)}
+    # Cold code stands behind the end of a kernel; a jump back from there closes no loop.
+    loops = [x for x in code.loops if "EXIT" not in code.names[slice(*x)]]
+    outer = [x for x in loops if not any(x != y and y[0] <= x[0] and x[1] <= y[1] for y in loops)]
+    inner = {i for a, b in loops if (a, b) not in outer for i in range(a, b)}
     longest = max((b - a for a, b in outer), default=0)
     looped = {i for a, b in outer if not walks or b - a == longest for i in range(a, b)} - inner
     once = set() if walks else set(range(len(code.names))) - looped - inner

@@ -219,6 +219,9 @@ def test_kernels_by_chunks_count_each_loop_as_often_as_it_turns():
     assert sass.per_chunk(code, False, 1, 32, 64) == ((20 - 4) / 2, 1 / 2)
     assert sass.per_chunk(code, False, 3, 32, 64) == ((6 + 3 * 10) / 2, 3 / 2)
     assert sass.per_chunk(code, True, 1, 32, 64) == (6 / 2, 0)
+    # cold code behind the end, which jumps back to where it came from
+    cold = sass.Code([*names, "EXIT", *["MOV"] * 3], [("", 0)] * 24, [*code.loops, (4, 23)])
+    assert sass.per_chunk(cold, False, 3, 32, 64) == ((6 + 4 + 3 * 10) / 2, 3 / 2)
 
 
 def disassembly(*loop):

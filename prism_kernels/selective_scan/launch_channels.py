@@ -45,7 +45,7 @@ def forward(
     kept = u.new_empty(residuals(u, A, cu_seqlens)[0][0] if save else (0,), dtype=wide)
     given = (u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
     tensors, numbers, constants, warps = arguments(*given, dt_softplus, reverse, euler, accurate)
-    programs, splits, part = cut(rows, -(-H * P // constants["BLOCK_C"]), T)
+    programs, splits, part = cut(rows, -(-H * P // constants["BLOCK_C"]), T, MANY_PROGRAMS)
     ends = totals = None
     if splits > 1:
         ends = u.new_empty((rows, splits, H * P, N, *pair), dtype=wide)
@@ -141,8 +141,11 @@ def dense(weights: Tensor, A: Tensor) -> Tensor:
     return weights if steps == ((2, 1) if pair else (1,)) else weights.contiguous()
 
 
-def cut(sequences: int, blocks: int, T: int, enough: int = MANY_PROGRAMS) -> tuple[int, int, int]:
-    """Programs, the parts that every sequence is cut into, and their tokens: by the shape alone."""
+def cut(sequences: int, blocks: int, T: int, enough: int) -> tuple[int, int, int]:
+    """Programs, the parts that every sequence is cut into, and their tokens, by the shape alone.
+
+    Parts are multiples of SEGMENT; where there would be more than `enough` programs, sequences stay whole.
+    """
     splits = min(MOST_SPLITS, enough // max(1, sequences * blocks), T // LEAST_SPAN)
     if splits < LEAST_SPLITS:
         return sequences * blocks, 1, T

@@ -10,7 +10,7 @@ from .._core.runtime import accumulate_dtype, launch
 from .kernels.channels_adjoint import scan_adjoint
 from .kernels.channels_backward import scan_backward
 from .kernels.exponential import ACCURATE, MUFU, PORTABLE
-from .launch_channels import SEGMENT, STATES_PER_THREAD, UNROLL, cut, dense
+from .launch_channels import MANY_PROGRAMS, SEGMENT, STATES_PER_THREAD, UNROLL, cut, dense
 
 PARTS = 2  # in which the accurate walk does them
 MOST_WARPS = 8
@@ -74,7 +74,7 @@ def backward(
         )
     tile = tiling(H * P // G, N)
     fast = not accurate and wide == torch.float32
-    programs, splits, part = cut(sequences, G * tile.blocks, T)
+    programs, splits, part = cut(sequences, G * tile.blocks, T, MANY_PROGRAMS)
     A, B, C, dy = A.contiguous(), dense(B, A), dense(C, A), dy.contiguous()
     dt_bias = None if dt_bias is None else dt_bias.contiguous()
     z_strides = (0, 0, 0, 0) if z is None else z.stride()

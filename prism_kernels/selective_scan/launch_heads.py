@@ -11,7 +11,7 @@ from .kernels.heads_backward import heads_adjoint_kernel, heads_backward_kernel
 from .kernels.heads_forward import heads_forward_kernel
 from .launch_channels import cut
 
-CHUNK = 16  # tokens
+CHUNK = 16  # tokens; divides `launch_channels.SEGMENT`, of which parts of a sequence are multiples
 CHANNELS = 32  # of a program
 STATES = 64  # of a block of the backward, at most
 WARPS = 8  # of the backward

@@ -14,6 +14,7 @@ from .exponential import growth
 from .heads_common import (
     STIFF,
     across,
+    chunks_of_part,
     decays,
     led,
     load_planes,
@@ -183,15 +184,12 @@ def heads_adjoint_kernel(
     e_r, e_i = tl.zeros([BJ, BP], tl.float32), tl.zeros([BJ, BP], tl.float32)
     if DFINAL:
         e_r, e_i = load_planes(p_dfinal + i_s * STATES, o_state, m_state, 1, REAL)
-    chunk, chunks = i_split * 0, tl.cdiv(length, C)
-    if SPLITS > 1:
-        chunk = i_split * SPAN // C
-        chunks = tl.minimum(chunk + SPAN // C, chunks)
-        if p_ends is not None:
-            e_r, e_i = led(
-                e_r, e_i, p_parts, p_totals + i_h, i_s * SPLITS + SPLITS - 1, SPLITS - 1 - i_split, o_state,
-                m_state, slow, faster, turns, -1, H, STATES, REAL,
-            )  # fmt: skip
+    chunk, chunks = chunks_of_part(i_split, length, SPAN, C, SPLITS)
+    if SPLITS > 1 and p_ends is not None:
+        e_r, e_i = led(
+            e_r, e_i, p_parts, p_totals + i_h, i_s * SPLITS + SPLITS - 1, SPLITS - 1 - i_split, o_state,
+            m_state, slow, faster, turns, -1, H, STATES, REAL,
+        )  # fmt: skip
     total = tl.sum(tl.zeros([C], tl.float64), 0)
 
     for i in tl.range(0, chunks - chunk, disable_licm=True):

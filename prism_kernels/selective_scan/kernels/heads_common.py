@@ -286,6 +286,16 @@ def store_planes(p, o, r, i, m, STEP: tl.constexpr, REAL: tl.constexpr):
 
 
 @triton.jit
+def chunks_of_part(i_split, length, SPAN, C: tl.constexpr, SPLITS: tl.constexpr):
+    """First chunk of a part of a sequence, and the one after its last; none if the sequence ends before."""
+    if SPLITS == 1:
+        return i_split * 0, tl.cdiv(length, C)
+    else:
+        chunk = i_split * SPAN // C
+        return chunk, tl.minimum(chunk + SPAN // C, tl.cdiv(length, C))
+
+
+@triton.jit
 def led(
     x_r, x_i, p_parts, p_totals, i_part, count, o_state, m_state, slow, faster, turns,
     STEP: tl.constexpr, HEADS: tl.constexpr, STATES: tl.constexpr, REAL: tl.constexpr,

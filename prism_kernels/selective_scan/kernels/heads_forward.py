@@ -8,6 +8,7 @@ from ..._core.tl_math import narrow
 from .heads_common import (
     STIFF,
     across,
+    chunks_of_part,
     decays,
     led,
     load_planes,
@@ -88,15 +89,12 @@ def heads_forward_kernel(
     h_r, h_i = tl.zeros([BN, BP], tl.float32), tl.zeros([BN, BP], tl.float32)
     if FIRST:
         h_r, h_i = load_planes(p_first + i_s * STATES, o_state, m_state, 1, REAL)
-    chunk, chunks = i_split * 0, tl.cdiv(length, C)
-    if SPLITS > 1:
-        chunk = i_split * SPAN // C
-        chunks = tl.minimum(chunk + SPAN // C, chunks)
-        if p_y is not None:
-            h_r, h_i = led(
-                h_r, h_i, p_parts, p_totals + i_h, i_s * SPLITS, i_split, o_state, m_state, slow, faster,
-                turns, 1, H, STATES, REAL,
-            )  # fmt: skip
+    chunk, chunks = chunks_of_part(i_split, length, SPAN, C, SPLITS)
+    if SPLITS > 1 and p_y is not None:
+        h_r, h_i = led(
+            h_r, h_i, p_parts, p_totals + i_h, i_s * SPLITS, i_split, o_state, m_state, slow, faster,
+            turns, 1, H, STATES, REAL,
+        )  # fmt: skip
     total = tl.sum(tl.zeros([C], tl.float64), 0)
 
     for i_c in tl.range(chunk, chunks, disable_licm=True):
