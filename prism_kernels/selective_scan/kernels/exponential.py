@@ -144,12 +144,17 @@ def half_turned(y):
     else:
         turns = (y * (2 / TURN) + ROUND) - ROUND
         r = ((y - turns * 3.140625) - turns * 9.67502593994140625e-4) - turns * 1.5099579897537296e-7
-        r = tl.minimum(tl.maximum(r, -1.6), 1.6)
-        z = r * r
-        sin = -1.9811037e-4 + z * 2.6087502e-6
-        sin = r + r * z * (-0.1666666 + z * (0.0083330872 + z * sin))
-        cos = 0.041666656 + z * (-0.0013888568 + z * (2.4769223e-5 + z * -2.6192115e-7))
-        return sin, 1.0 - z * (0.5 - z * cos)
+        return sin_cos(tl.minimum(tl.maximum(r, -1.6), 1.6))
+
+
+@triton.jit
+def sin_cos(r):
+    """sin(r) and cos(r) to rounding, for |r| at most a quarter turn."""
+    z = r * r
+    sin = -1.9811037e-4 + z * 2.6087502e-6
+    sin = r + r * z * (-0.1666666 + z * (0.0083330872 + z * sin))
+    cos = 0.041666656 + z * (-0.0013888568 + z * (2.4769223e-5 + z * -2.6192115e-7))
+    return sin, 1.0 - z * (0.5 - z * cos)
 
 
 @triton.constexpr_function

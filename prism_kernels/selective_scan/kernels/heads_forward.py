@@ -7,40 +7,40 @@ from ..._core.chunk_rows import span
 from ..._core.tl_math import narrow
 from .heads_common import (
     STIFF,
-    across,
+    across_planes,
     chunks_of_part,
     decays,
     led,
-    load_planes,
+    matmul,
+    matmul_real,
+    number_of_row,
     operands,
     parts,
+    planes_matmul,
     poles,
-    product,
-    real_times,
-    row_of,
     rows_of_weights,
+    single,
     slowest,
     split,
+    split_planes,
     state_offsets,
     step_sizes,
-    store_planes,
-    times,
+    turn,
     turned,
 )
+from .numbers import as_column, as_row, load_number, plus, real_product_conj, scaled, store_number, zeros
 
 
 @triton.jit
-def mixing_by_token(G_r, G_i, K_r, K_i, since, faster, steps, C: tl.constexpr, REAL: tl.constexpr):
+def mixing_by_token(G, K, since, faster, steps, C: tl.constexpr):
     """The matrix of a chunk without a factor that grows: a column at a time."""
     o_c = tl.arange(0, C)
     M = tl.zeros([C, C], tl.float32)
     for s in tl.range(0, steps, disable_licm=True):
         ago = tl.sum(tl.where(o_c[None, :] == s, since, 0.0), 1)
         decay = tl.exp2(ago[:, None] * faster[None, :])
-        column = tl.sum(
-            decay * real_times(G_r, G_i, row_of(K_r, o_c, s)[None, :], row_of(K_i, o_c, s)[None, :], REAL), 1
-        )
-        M = tl.where(o_c[None, :] == s, column[:, None], M)
+        read = tl.sum(decay * real_product_conj(G, number_of_row(K, o_c, s)), 1)
+        M = tl.where(o_c[None, :] == s, read[:, None], M)
     return M
 
 
@@ -82,18 +82,18 @@ def heads_forward_kernel(
         p_C += i_b * C_b + i_h // max(C_HEADS, 1) * C_g
 
     slow, apart = slowest(p_A, i_h, N, BN, REAL)
-    A_r, A_i, faster, turns, inverse = poles(p_A, i_h, slow, o_n, N, REAL)
+    A, faster, turns, inv = poles(p_A, i_h, slow, o_n, N, REAL)
     bias = tl.load(p_bias + i_h).to(tl.float32) if BIAS else 0.0
     STATES: tl.constexpr = H * P * N * PLANES
     o_state = state_offsets(i_h, o_n, o_p, P, N, REAL)
-    h_r, h_i = tl.zeros([BN, BP], tl.float32), tl.zeros([BN, BP], tl.float32)
+    h = zeros(BN, BP, tl.float32, REAL)
     if FIRST:
-        h_r, h_i = load_planes(p_first + i_s * STATES, o_state, m_state, 1, REAL)
+        h = load_number(p_first + i_s * STATES + o_state, m_state, tl.float32, REAL)
     chunk, chunks = chunks_of_part(i_split, length, SPAN, C, SPLITS)
     if SPLITS > 1 and p_y is not None:
-        h_r, h_i = led(
-            h_r, h_i, p_parts, p_totals + i_h, i_s * SPLITS, i_split, o_state, m_state, slow, faster,
-            turns, 1, H, STATES, REAL,
+        h = led(
+            h, p_parts, p_totals + i_h, i_s * SPLITS, i_split, o_state, m_state, slow, faster, turns,
+            1, H, STATES, REAL,
         )  # fmt: skip
     total = tl.sum(tl.zeros([C], tl.float64), 0)
 
@@ -105,41 +105,30 @@ def heads_forward_kernel(
         u = tl.load(p_u + o_t[:, None] * u_t + o_p[None, :], mask=m_t[:, None] & m_p, other=0.0)
         if SAVE:
             o_row = (((row + i_c) * H + i_h) * (PLANES * N) + o_n[:, None]) * P + o_p[None, :]
-            store_planes(p_states, o_row, h_r, h_i, m_state, N * P, REAL)
+            store_number(p_states + o_row, h, m_state, N * P)
 
         time = tl.cumsum(dt.to(tl.float64), 0)
         whole = tl.sum(dt.to(tl.float64), 0)
-        S, end = time.to(tl.float32), whole.to(tl.float32)
-        S_high, S_low = parts(time)
-        end_high, end_low = parts(whole)
-        C_r, C_i = rows_of_weights(p_C, o_t, o_n, i_h, C_t, m_t, N, REAL, C_HEADS > 0)
-        B_r, B_i = rows_of_weights(p_B, o_t, o_n, i_h, B_t, m_t, N, REAL, B_HEADS > 0)
-        G_r, G_i, K_r, K_i, own = operands(
-            dt, S_high, S_low, A_r, A_i, turns, inverse, B_r, B_i, C_r, C_i, REAL, EULER
-        )
-        sin_end, cos_end = turned(end_high, end_low, turns[0], turns[1], REAL)
-        since = tl.maximum((time[:, None] - time[None, :]).to(tl.float32), 0.0)
+        S, S_end = parts(time), parts(whole)
+        c = rows_of_weights(p_C, o_t, o_n, i_h, C_t, m_t, N, REAL, C_HEADS > 0)
+        b = rows_of_weights(p_B, o_t, o_n, i_h, B_t, m_t, N, REAL, B_HEADS > 0)
+        G, K, own = operands(dt, S, A, turns, inv, b, c, REAL, EULER)
+        since = single(time[:, None] - time[None, :])
         if apart > 0.0:
-            fall, rise = decays(S_high[:, None], S_low[:, None], faster[0][None, :], faster[1][None, :])
-            G_r, G_i, K_r, K_i = G_r * fall, G_i * fall, K_r * rise, K_i * rise
-            kept, _ = decays(end_high, end_low, faster[0], faster[1])
+            fall, rise = decays(as_column(S), as_row(faster))
+            G, K = scaled(G, fall), scaled(K, rise)
+            kept, _ = decays(S_end, faster)
         else:
             kept = tl.full([BN], 1.0, tl.float32)
         driven = kept
-        L_r, L_i, R_r, R_i = split(G_r, ONE), split(G_i, ONE), split(K_r, TWO), split(K_i, TWO)
-        M = product(L_r, across(R_r, ONE), ONE, ONE)
-        if not REAL:
-            M += product(L_i, across(R_i, ONE), ONE, ONE)
-        if apart * end > STIFF:
-            G_r, G_i, K_r, K_i, _ = operands(
-                dt, S_high, S_low, A_r, A_i, turns, inverse, B_r, B_i, C_r, C_i, REAL, EULER
-            )
-            exact = mixing_by_token(
-                G_r, G_i, K_r, K_i, since, faster[0] + faster[1], tl.minimum(length - i_c * C, C), C, REAL
-            )
-            M = tl.where((apart * S > STIFF)[:, None], exact, M)
-            to_end = tl.exp2((whole - time).to(tl.float32)[:, None] * (faster[0] + faster[1])[None, :])
-            R_r, R_i = split(K_r * to_end, TWO), split(K_i * to_end, TWO)
+        L, R = split_planes(G, ONE), split_planes(K, TWO)
+        M = matmul_real(L, across_planes(R, ONE), ONE, ONE)
+        if apart * single(whole) > STIFF:
+            G, K, _ = operands(dt, S, A, turns, inv, b, c, REAL, EULER)
+            rate = faster[0] + faster[1]
+            exact = mixing_by_token(G, K, since, rate, tl.minimum(length - i_c * C, C), C)
+            M = tl.where((apart * single(time) > STIFF)[:, None], exact, M)
+            R = split_planes(scaled(K, tl.exp2(single(whole - time)[:, None] * rate[None, :])), TWO)
             driven = tl.full([BN], 1.0, tl.float32)
         wide = u.to(tl.float32)
         if p_y is None:
@@ -147,10 +136,8 @@ def heads_forward_kernel(
         else:
             M = tl.where(o_c[:, None] > o_c[None, :], M * tl.exp2(slow * since), 0.0)
             M = tl.where(o_c[:, None] == o_c[None, :], own[:, None], M)
-            y = product(L_r, split(h_r, ONE), ONE, ONE)
-            if not REAL:
-                y += product(L_i, split(h_i, ONE), ONE, ONE)
-            y = y * tl.exp2(slow * S)[:, None] + product(split(M, ONE), split(u, ONE), ONE, ONE)
+            y = matmul_real(L, split_planes(h, ONE), ONE, ONE) * tl.exp2(slow * single(time))[:, None]
+            y += matmul(split(M, ONE), split(u, ONE), ONE, ONE)
             if SKIP > 0:
                 o_D = i_h * P + o_p if SKIP > 1 else i_h + 0 * o_p
                 y += tl.load(p_D + o_D, mask=o_p < P, other=0.0).to(tl.float32)[None, :] * wide
@@ -161,14 +148,12 @@ def heads_forward_kernel(
             o_y = (o_t[:, None] * H + i_h) * P + o_p[None, :]
             tl.store(p_y + o_y, narrow(y, p_y.dtype.element_ty), mask=m_t[:, None] & m_p)
 
-        v = split(wide * tl.exp2(slow * (whole - time).to(tl.float32))[:, None], TWO)
-        kept = (kept * tl.exp2(slow * end))[:, None]
-        h_r = kept * h_r + product(across(R_r, TWO), v, TWO, TWO) * driven[:, None]
-        if not REAL:
-            h_i = kept * h_i + product(across(R_i, TWO), v, TWO, TWO) * driven[:, None]
-            h_r, h_i = times(h_r, h_i, cos_end[:, None], sin_end[:, None], REAL)
+        v = split(wide * tl.exp2(slow * single(whole - time))[:, None], TWO)
+        kept = (kept * tl.exp2(slow * single(whole)))[:, None]
+        h = plus(scaled(h, kept), scaled(planes_matmul(across_planes(R, TWO), v, TWO, TWO), driven[:, None]))
+        h = turned(h, as_column(turn(S_end, turns, REAL)))
     if p_y is None:
-        store_planes(p_final + i_part * STATES, o_state, h_r, h_i, m_state, 1, REAL)
+        store_number(p_final + i_part * STATES + o_state, h, m_state)
         tl.store(p_totals + i_part * H + i_h, total, mask=i_p == 0)
     else:
-        store_planes(p_final + i_s * STATES, o_state, h_r, h_i, m_state & (i_split == SPLITS - 1), 1, REAL)
+        store_number(p_final + i_s * STATES + o_state, h, m_state & (i_split == SPLITS - 1))

@@ -86,6 +86,15 @@ def product_conj(a, b):
 
 
 @triton.jit
+def real_product_conj(a, b):
+    """Re a conj(b)."""
+    if len(a) == 1:
+        return a[0] * b[0]
+    else:
+        return a[0] * b[0] + a[1] * b[1]
+
+
+@triton.jit
 def over(a, b):
     """a / b."""
     if len(a) == 1:
@@ -131,18 +140,36 @@ def total(a, axis: tl.constexpr):
 
 
 @triton.jit
-def load_number(p, mask, ACC: tl.constexpr, REAL: tl.constexpr):
-    """A number, widened; 0 where `mask` is not. Real and imaginary part lie side by side."""
+def as_column(a):
+    """`a` with an axis behind."""
+    if len(a) == 1:
+        return (a[0][:, None],)
+    else:
+        return a[0][:, None], a[1][:, None]
+
+
+@triton.jit
+def as_row(a):
+    """`a` with an axis in front."""
+    if len(a) == 1:
+        return (a[0][None, :],)
+    else:
+        return a[0][None, :], a[1][None, :]
+
+
+@triton.jit
+def load_number(p, mask, ACC: tl.constexpr, REAL: tl.constexpr, STEP: tl.constexpr = 1):
+    """A number, widened; 0 where `mask` is not. The imaginary part lies STEP behind the real one."""
     if REAL:
         return (tl.load(p, mask=mask, other=0.0).to(ACC),)
     else:
         r = tl.load(p, mask=mask, other=0.0).to(ACC)
-        return r, tl.load(p + 1, mask=mask, other=0.0).to(ACC)
+        return r, tl.load(p + STEP, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def store_number(p, a, mask):
+def store_number(p, a, mask, STEP: tl.constexpr = 1):
     """The inverse of `load_number`."""
     tl.store(p, a[0], mask=mask)
     if len(a) == 2:
-        tl.store(p + 1, a[1], mask=mask)
+        tl.store(p + STEP, a[1], mask=mask)
