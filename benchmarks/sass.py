@@ -1,9 +1,10 @@
 """Reading machine code: instructions, loops, local memory, and the cost of a scan per element.
 
-A loop is what lies between a label and a branch back to it. The time loop of a scan kernel is found through
-the line numbers that the compiler leaves beside the instructions: it is the innermost machine loop whose
-instructions come from the body of an innermost `for ... in range(...)` of the kernel's own source. Every
-token passes once through each such `for` (in a backward kernel that is the replay, and then the way back), so
+A loop is what lies between a label and a branch back to it. Code that is rarely reached stands behind the
+end of a kernel, and a branch back from there closes none. The time loop of a scan kernel is found through the
+line numbers that the compiler leaves beside the instructions: it is the innermost machine loop whose
+instructions come from the body of an innermost `for ... in range(...)` of the kernel's own source. Every token
+passes once through each such `for` (in a backward kernel that is the replay, and then the way back), so
 
     instructions per element = sum over them of  instructions in the loop x threads / (steps x states)
 
@@ -27,6 +28,7 @@ NVIDIA = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
 NVIDIA_LABEL = re.compile(r"(\.L_x_\d+):")
 AMD = re.compile(r"\t([a-z]+_\w+)(.*)")
 AMD_LABEL = re.compile(r"(\.LBB\w+):")
+ENDS = ("EXIT", "s_endpgm")
 NVIDIA_LINE = re.compile(r'//## File "([^"]*)", line (\d+)')
 
 
@@ -60,7 +62,7 @@ class Code:
 
 def parse(text: str, instruction: re.Pattern, label: re.Pattern, branch: str) -> Code:
     """Read a disassembly; `branch` is how the name of a branch begins."""
-    code, labels, place = Code([], [], []), {}, ("", 0)
+    code, labels, place, ended = Code([], [], []), {}, ("", 0), 0
     for line in text.splitlines():
         if found := NVIDIA_LINE.search(line):
             place = Path(found.group(1)).name, int(found.group(2))
@@ -71,8 +73,10 @@ def parse(text: str, instruction: re.Pattern, label: re.Pattern, branch: str) ->
             code.places.append(place)
             target = re.search(r"\.L\w+", found.group(2))
             start = labels.get(target.group(0)) if target and found.group(1).startswith(branch) else None
-            if start is not None and len(code.names) - start > 1:
+            if start is not None and start >= ended and len(code.names) - start > 1:
                 code.loops.append((start, len(code.names)))
+            if found.group(1) in ENDS and "@" not in line:
+                ended = len(code.names)
     return code
 
 
@@ -143,10 +147,8 @@ def per_chunk(code: Code, walks: bool, turns: int, threads: int, states: int) ->
     blocks of states make `turns`; but not loops inside those, which only poles far apart need. `states` are
     those of a chunk: tokens times channels times states.
     """
-    # Cold code stands behind the end of a kernel; a jump back from there closes no loop.
-    loops = [x for x in code.loops if "EXIT" not in code.names[slice(*x)]]
-    outer = [x for x in loops if not any(x != y and y[0] <= x[0] and x[1] <= y[1] for y in loops)]
-    inner = {i for a, b in loops if (a, b) not in outer for i in range(a, b)}
+    outer = [x for x in code.loops if not any(x != y and y[0] <= x[0] and x[1] <= y[1] for y in code.loops)]
+    inner = {i for a, b in code.loops if (a, b) not in outer for i in range(a, b)}
     longest = max((b - a for a, b in outer), default=0)
     looped = {i for a, b in outer if not walks or b - a == longest for i in range(a, b)} - inner
     once = set() if walks else set(range(len(code.names))) - looped - inner

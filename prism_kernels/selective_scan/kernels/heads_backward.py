@@ -63,16 +63,21 @@ def across_cut(Z, C: tl.constexpr):
 
 
 @triton.jit
-def read_pairs(G, K, Xs, Ts, A, fall, rise, TWO: tl.constexpr):
+def read_pairs(G, K, Xs, Ts, A, fall, rise, C: tl.constexpr, TWO: tl.constexpr):
     """What tokens read of earlier ones in a chunk, but for the scalar decay: M; A M, that is with A in its
     sum; dG; and dA of each reading token. Xs and Ts are X and X since, split.
     """
-    G, Ks = scaled(G, fall), split_planes(scaled(K, rise), TWO)
-    K_across = across_planes(Ks, TWO)
-    M = matmul_real(split_planes(G, TWO), K_across, TWO, TWO)
-    AM = matmul_real(split_planes(product_conj(G, as_row(A)), TWO), K_across, TWO, TWO)
-    dG = scaled(matmul_planes(Xs, Ks, TWO, TWO), fall)
-    return M, AM, dG, product_conj(G, matmul_planes(Ts, Ks, TWO, TWO))
+    G = scaled(G, fall)
+    AG = product_conj(G, as_row(A))
+    M, AM = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    dG, dA = (), ()
+    for i in tl.static_range(len(G)):  # one plane after the other: less is kept at once
+        Ks = split(K[i] * rise, TWO)
+        M += matmul(split(G[i], TWO), across(Ks, TWO), TWO, TWO)
+        AM += matmul(split(AG[i], TWO), across(Ks, TWO), TWO, TWO)
+        dG = dG + (matmul(Xs, Ks, TWO, TWO) * fall,)
+        dA = dA + (matmul(Ts, Ks, TWO, TWO),)
+    return M, AM, dG, product_conj(G, dA)
 
 
 @triton.jit
@@ -96,11 +101,15 @@ def read_by_token(G, K, X, since, A, faster, steps, C: tl.constexpr):
 
 
 @triton.jit
-def written_pairs(G, K, Xs, fall, rise, TWO: tl.constexpr):
+def written_pairs(G, K, Xs, fall, rise, C: tl.constexpr, TWO: tl.constexpr):
     """What tokens are read by later ones in a chunk, but for the scalar decay: M and dK."""
-    Gs = split_planes(scaled(G, fall), TWO)
-    M = matmul_real(Gs, across_planes(split_planes(scaled(K, rise), TWO), TWO), TWO, TWO)
-    return M, scaled(matmul_planes(across(Xs, TWO), Gs, TWO, TWO), rise)
+    M = tl.zeros([C, C], tl.float32)
+    Xs, dK = across(Xs, TWO), ()
+    for i in tl.static_range(len(G)):
+        Gs = split(G[i] * fall, TWO)
+        M += matmul(Gs, across(split(K[i] * rise, TWO), TWO), TWO, TWO)
+        dK = dK + (matmul(Xs, Gs, TWO, TWO) * rise,)
+    return M, dK
 
 
 @triton.jit
@@ -202,9 +211,9 @@ def heads_adjoint_kernel(
         G = unturned(G, turn(as_column(S), as_row(turns), REAL))
         kept = tl.full([BJ], 1.0, tl.float32)
         if apart > 0.0:
-            fall, _ = decays(as_column(S), as_row(faster))
+            fall = decays(as_column(S), as_row(faster))[0]
             G = scaled(G, fall)
-            kept, _ = decays(S_end, faster)
+            kept = decays(S_end, faster)[0]
         kept *= tl.exp2(slow * single(whole))
         v = split(g * tl.exp2(slow * single(time))[:, None], TWO)
 
@@ -312,7 +321,7 @@ def gradients_of_chunk(
             if apart * end > STIFF:
                 M_j, AM, dG, dA_t = read_by_token(G, K, X, since, A, rate, steps, C)
             else:
-                M_j, AM, dG, dA_t = read_pairs(G, K, Xs, Ts, A, fall, rise, TWO)
+                M_j, AM, dG, dA_t = read_pairs(G, K, Xs, Ts, A, fall, rise, C, TWO)
             ddt += across_cut(X * AM, C)
             # the state at the start
             hs = split_planes(load_number(p_states + o_row, m_state, tl.float32, REAL, N * P), TWO)
@@ -333,13 +342,13 @@ def gradients_of_chunk(
             if apart * end > STIFF:
                 M_j, dK = written_by_token(G, K, X, since, rate, steps, C)
             else:
-                M_j, dK = written_pairs(G, K, Xs, fall, rise, TWO)
+                M_j, dK = written_pairs(G, K, Xs, fall, rise, C, TWO)
             M += M_j
             # the state at the end, and of it what was there at the start
             to_end, kept = tl.full([C, BJ], 1.0, tl.float32), tl.full([BJ], 1.0, tl.float32)
             if apart > 0.0:
-                to_end, _ = decays(as_column(parts(tl.maximum(whole - time, 0.0))), as_row(faster))
-                kept, _ = decays(parts(whole), faster)
+                to_end = decays(as_column(parts(tl.maximum(whole - time, 0.0))), as_row(faster))[0]
+                kept = decays(parts(whole), faster)[0]
             kept *= tl.exp2(slow * end)
             e = load_number(p_ends + o_row, m_state, tl.float32, REAL, N * P)
             h = load_number(p_states + o_row, m_state, tl.float32, REAL, N * P)
@@ -365,9 +374,9 @@ def gradients_of_chunk(
             if EULER:
                 ddt += tl.sum(dw[0], 1)
             else:
-                ddt += tl.sum(real_product_conj(dw, a), 1)
                 slope = weight_slope(dt[:, None], as_row(A), as_row(inv), a, w)
                 dA = plus(dA, total(product_conj(dw, slope), 0))
+                ddt += tl.sum(real_product_conj(dw, a), 1)
         store_number(p_dA + ROLE * R.to(tl.int64) * (H * NP * N * PLANES) + o_sum, dA, m_n)
 
     # Tokens are found and read again: kept through the loop, they would take the registers that it needs.

@@ -63,7 +63,7 @@ def decays(S, w):
 def turn(S, turns, REAL: tl.constexpr):
     """exp(pi i S turns); for real poles a dummy, which `turned` and `unturned` leave alone."""
     if REAL:
-        return (S[0],)
+        return (turns[0],)
     else:
         whole, rest = cycles(S, turns)
         sin, cos = sin_cos(rest * (0.5 * TURN))
@@ -101,8 +101,8 @@ def slowest(p_A, i_h, N: tl.constexpr, BN: tl.constexpr, REAL: tl.constexpr):
 
 @triton.jit
 def poles(p_A, i_h, slow, o_n, N: tl.constexpr, REAL: tl.constexpr):
-    """The `pole` A of some states; of each what it decays faster than `slow`, in octaves, and its frequency in
-    turns, both in two parts; and 1 / A.
+    """The `pole` A of some states; of each what it decays faster than `slow`, in octaves, and its frequency
+    in half turns, both in two parts; and 1 / A.
     """
     m_n = o_n < N
     A = load_number(p_A + (i_h * N + o_n) * (1 if REAL else 2), m_n, tl.float32, REAL)
@@ -268,7 +268,7 @@ def led(
         at = i_part + STEP * i
         time = tl.load(p_totals + at * HEADS)
         S = parts(time)
-        kept, _ = decays(S, faster)
+        kept = decays(S, faster)[0]
         x = scaled(x, (kept * tl.exp2(slow * single(time)))[:, None])
         by = as_column(turn(S, turns, REAL))
         if STEP > 0:

@@ -117,7 +117,7 @@ def heads_forward_kernel(
         if apart > 0.0:
             fall, rise = decays(as_column(S), as_row(faster))
             G, K = scaled(G, fall), scaled(K, rise)
-            kept, _ = decays(S_end, faster)
+            kept = decays(S_end, faster)[0]
         else:
             kept = tl.full([BN], 1.0, tl.float32)
         driven = kept
