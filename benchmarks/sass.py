@@ -3,7 +3,7 @@
 A loop is what lies between a label and a branch back to it. Code that is rarely reached stands behind the
 end of a kernel, and a branch back from there closes none. The time loop of a scan kernel is found through the
 line numbers that the compiler leaves beside the instructions: it is the innermost machine loop whose
-instructions come from the body of an innermost `for ... in range(...)` of the kernel's own source. Every token
+instructions come from the body of an innermost `for ... in range(...)` of the source of the kernel. A token
 passes once through each such `for` (in a backward kernel that is the replay, and then the way back), so
 
     instructions per element = sum over them of  instructions in the loop x threads / (steps x states)

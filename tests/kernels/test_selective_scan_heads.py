@@ -192,6 +192,10 @@ def cuts(tensors):
     return {name: [splits for n, splits in found if n == name] for name, _ in found}
 
 
+def test_a_part_of_a_sequence_is_whole_chunks():
+    assert launch_channels.SEGMENT % launcher().CHUNK == 0
+
+
 @pytest.mark.parametrize(
     "H, T, splits", [(1, 767, 1), (1, 768, 3), (1, 4096, 16), (8, 100_000, 16), (66, 4096, 4), (89, 4096, 1)]
 )

@@ -14,22 +14,17 @@ from .exponential import growth, weight_slope
 from .heads_common import (
     STIFF,
     across,
-    across_planes,
     chunks_of_part,
     decays,
     led,
     matmul,
-    matmul_planes,
-    matmul_real,
     number_of_row,
     parts,
-    planes_matmul,
     poles,
     rows_of_weights,
     single,
     slowest,
     split,
-    split_planes,
     state_offsets,
     step_sizes,
     turn,
@@ -223,8 +218,11 @@ def heads_adjoint_kernel(
         else:
             o_row = (((row + chunks - 1 - i) * H + i_h) * (PLANES * N) + o_n[:, None]) * P + o_p[None, :]
             store_number(p_ends + o_row, e, m_state, N * P)
-        driven = planes_matmul(across_planes(split_planes(G, TWO), TWO), v, TWO, TWO)
-        e = plus(scaled(e, kept[:, None]), driven)
+        led_back = ()
+        for j in tl.static_range(len(e)):
+            driven = matmul(across(split(G[j], TWO), TWO), v, TWO, TWO)
+            led_back = led_back + (e[j] * kept[:, None] + driven,)
+        e = led_back
     if p_ends is None:
         store_number(p_dfirst + i_part * STATES + o_state, e, m_state)
         tl.store(p_totals + i_part * H + i_h, all_time, mask=(i_p == 0) & (i_j == 0))
@@ -324,11 +322,14 @@ def gradients_of_chunk(
                 M_j, AM, dG, dA_t = read_pairs(G, K, Xs, Ts, A, fall, rise, C, TWO)
             ddt += across_cut(X * AM, C)
             # the state at the start
-            hs = split_planes(load_number(p_states + o_row, m_state, tl.float32, REAL, N * P), TWO)
+            h, q = load_number(p_states + o_row, m_state, tl.float32, REAL, N * P), ()
             if GATED:
                 M += M_j
-                through += matmul_real(split_planes(scaled(G, fall), TWO), hs, TWO, TWO)
-            q = scaled(matmul_planes(gs, across_planes(hs, TWO), GRAD, TWO), decay * fall)
+            for i in tl.static_range(len(h)):
+                hs = split(h[i], TWO)
+                if GATED:
+                    through += matmul(split(G[i] * fall, TWO), hs, TWO, TWO)
+                q = q + (matmul(gs, across(hs, TWO), GRAD, TWO) * decay * fall,)
             dG = turned(plus(dG, q), by)
             q = product_conj(G, q)
             ddt += tl.cumsum(tl.sum(real_product_conj(q, as_row(A)), 1), 0, reverse=True)
@@ -354,9 +355,11 @@ def gradients_of_chunk(
             h = load_number(p_states + o_row, m_state, tl.float32, REAL, N * P)
             held = scaled(total(product_conj(e, h), 1), kept)
             ddt += tl.sum(real_product_conj(held, A), 0)
-            es = split_planes(e, TWO)
-            through += matmul_real(split_planes(scaled(K, to_end), TWO), es, TWO, TWO)
-            q = scaled(matmul_planes(us, across_planes(es, TWO), ONE, TWO), tail * to_end)
+            q = ()
+            for i in tl.static_range(len(e)):
+                es = split(e[i], TWO)
+                through += matmul(split(K[i] * to_end, TWO), es, TWO, TWO)
+                q = q + (matmul(us, across(es, TWO), ONE, TWO) * tail * to_end,)
             dK = turned(plus(dK, q), by)
             q = product_conj(q, K)
             by_end = tl.sum(real_product_conj(q, as_row(A)), 1)

@@ -192,15 +192,6 @@ def split_planes(x, COUNT: tl.constexpr):
 
 
 @triton.jit
-def across_planes(x, COUNT: tl.constexpr):
-    """The transpose of every plane, each a `split`."""
-    if len(x) == 1:
-        return (across(x[0], COUNT),)
-    else:
-        return across(x[0], COUNT), across(x[1], COUNT)
-
-
-@triton.jit
 def matmul(a, b, A: tl.constexpr, B: tl.constexpr):
     """Matrix product of real numbers in A and B parts, to the precision of the one with more."""
     MOST: tl.constexpr = A if A > B else B
@@ -210,33 +201,6 @@ def matmul(a, b, A: tl.constexpr, B: tl.constexpr):
             if (i + j > 0) & (i + j < MOST):
                 x += dot(a[i], b[j], tl.bfloat16, "ieee")
     return x
-
-
-@triton.jit
-def matmul_real(a, b, A: tl.constexpr, B: tl.constexpr):
-    """Of two numbers, whose planes are split, the sum of the products of their planes."""
-    x = matmul(a[0], b[0], A, B)
-    if len(a) == 2:
-        x += matmul(a[1], b[1], A, B)
-    return x
-
-
-@triton.jit
-def matmul_planes(a, b, A: tl.constexpr, B: tl.constexpr):
-    """The product of a real `a` and a number, whose planes are split."""
-    if len(b) == 1:
-        return (matmul(a, b[0], A, B),)
-    else:
-        return matmul(a, b[0], A, B), matmul(a, b[1], A, B)
-
-
-@triton.jit
-def planes_matmul(a, b, A: tl.constexpr, B: tl.constexpr):
-    """The product of a number, whose planes are split, and a real `b`."""
-    if len(a) == 1:
-        return (matmul(a[0], b, A, B),)
-    else:
-        return matmul(a[0], b, A, B), matmul(a[1], b, A, B)
 
 
 @triton.jit

@@ -7,16 +7,14 @@ from ..._core.chunk_rows import span
 from ..._core.tl_math import narrow
 from .heads_common import (
     STIFF,
-    across_planes,
+    across,
     chunks_of_part,
     decays,
     led,
     matmul,
-    matmul_real,
     number_of_row,
     operands,
     parts,
-    planes_matmul,
     poles,
     rows_of_weights,
     single,
@@ -28,7 +26,7 @@ from .heads_common import (
     turn,
     turned,
 )
-from .numbers import as_column, as_row, load_number, plus, real_product_conj, scaled, store_number, zeros
+from .numbers import as_column, as_row, load_number, real_product_conj, scaled, store_number, zeros
 
 
 @triton.jit
@@ -122,7 +120,9 @@ def heads_forward_kernel(
             kept = tl.full([BN], 1.0, tl.float32)
         driven = kept
         L, R = split_planes(G, ONE), split_planes(K, TWO)
-        M = matmul_real(L, across_planes(R, ONE), ONE, ONE)
+        M, y = tl.zeros([C, C], tl.float32), tl.zeros([C, BP], tl.float32)
+        for i in tl.static_range(len(L)):
+            M += matmul(L[i], across(R[i], ONE), ONE, ONE)
         if apart * single(whole) > STIFF:
             G, K, _ = operands(dt, S, A, turns, inv, b, c, REAL, EULER)
             rate = faster[0] + faster[1]
@@ -136,8 +136,9 @@ def heads_forward_kernel(
         else:
             M = tl.where(o_c[:, None] > o_c[None, :], M * tl.exp2(slow * since), 0.0)
             M = tl.where(o_c[:, None] == o_c[None, :], own[:, None], M)
-            y = matmul_real(L, split_planes(h, ONE), ONE, ONE) * tl.exp2(slow * single(time))[:, None]
-            y += matmul(split(M, ONE), split(u, ONE), ONE, ONE)
+            for i in tl.static_range(len(L)):
+                y += matmul(L[i], split(h[i], ONE), ONE, ONE)
+            y = y * tl.exp2(slow * single(time))[:, None] + matmul(split(M, ONE), split(u, ONE), ONE, ONE)
             if SKIP > 0:
                 o_D = i_h * P + o_p if SKIP > 1 else i_h + 0 * o_p
                 y += tl.load(p_D + o_D, mask=o_p < P, other=0.0).to(tl.float32)[None, :] * wide
@@ -150,8 +151,10 @@ def heads_forward_kernel(
 
         v = split(wide * tl.exp2(slow * single(whole - time))[:, None], TWO)
         kept = (kept * tl.exp2(slow * single(whole)))[:, None]
-        h = plus(scaled(h, kept), scaled(planes_matmul(across_planes(R, TWO), v, TWO, TWO), driven[:, None]))
-        h = turned(h, as_column(turn(S_end, turns, REAL)))
+        led_on = ()
+        for i in tl.static_range(len(h)):
+            led_on = led_on + (h[i] * kept + matmul(across(R[i], TWO), v, TWO, TWO) * driven[:, None],)
+        h = turned(led_on, as_column(turn(S_end, turns, REAL)))
     if p_y is None:
         store_number(p_final + i_part * STATES + o_state, h, m_state)
         tl.store(p_totals + i_part * H + i_h, total, mask=i_p == 0)
