@@ -173,3 +173,18 @@ def test_keys_of_almost_no_length_stay_finite_in_float16(size):
 
     for got in with_gradients(call, [q, k, v, g, beta]):
         assert torch.isfinite(got).all()
+
+
+def test_the_torch_path_asks_for_temporaries_once_not_for_every_segment():
+    def asked_for(T):
+        q, k, v, g, beta = inputs(12, 1, T, 4, 32, 32, torch.float32)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+            chunk_gated_delta_rule(*leaves, g, beta, impl="torch").o.backward(torch.ones_like(v))
+        events = profile.profiler.kineto_results.events()
+        return sum(max(0, e.nbytes()) for e in events if e.name() == "[memory]")
+
+    per_token_head = (asked_for(4096) - asked_for(2048)) / 2048 / 4
+    results = 4 * (2 * 32 + 3 * 32)  # o, the gradients of q, k and v, and that of o
+    kept = 4 * (32 + 32 + 32)  # N, E, and a state for every 32 tokens
+    assert per_token_head <= 2.5 * (results + kept)
