@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._core.runtime import accumulate_dtype
-from .._core.workspace import Workspace
+from .._core.scratch import Scratch
 from .layout import Layout
 from .torch_recurrent import CHECKPOINT, recurrent_backward, recurrent_forward
 from .unit_rows import inverse_lengths
@@ -100,7 +100,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Saved]:
     """Return o, the final state and, if `save`, what backward needs; fill the checkpoints."""
     B, T, HV, V = v.shape
-    K, wide = k.shape[3], accumulate_dtype(q.dtype)
+    K = k.shape[3]
     C = inner_chunk(chunk_size, K, V)
     layout = Layout.of(B, T, C, cu_seqlens)
     saved = empty_saved(layout, HV, K, V, g) if save else None
@@ -108,17 +108,17 @@ def forward(
     state = layout.first_states(initial_state, (HV, K, V), g)
     o, o_rows = layout.new_rows(v)
     marked = layout.checkpoints(T, every, cu_seqlens)
-    room, small = Workspace(g.device), lru_cache(1)(partial(Substitution.of, C=C, like=state))
+    scratch, small = Scratch(), lru_cache(1)(partial(Substitution.of, C=C, like=state))
     for c0, c1 in segments(layout, ELEMENTS // (HV * C * max(K, V))):
         n, sizes = layout.matrices(c0, c1, HV), layout.sizes(c0, c1, HV)
-        x, D = segment(tokens, n, room)
-        qk = load(layout, c0, c1, q_rows, k_rows, HV, x, room)
+        x, D = segment(tokens, n, scratch)
+        qk = load(layout, c0, c1, q_rows, k_rows, HV, x, scratch)
         M = len(qk)
-        R = layout.take_into(room("R", (M, C, V), wide), v_rows, c0, c1, HV)
-        E, N = (saved.E[n], saved.N[n]) if saved else (room("E", R.shape, wide), room("N", D.shape, wide))
-        P, N = coupled_products(qk, D, x.beta, N, small(M), room)
-        writer = torch.mul(qk[:, C:], x.tail * x.beta, out=room("writer", (M, C, K), wide)).mT
-        reads = room("reads", (M, 2 * C, V), wide)
+        R = layout.take_into(scratch("R", (M, C, V), g), v_rows, c0, c1, HV)
+        E, N = (saved.E[n], saved.N[n]) if saved else (scratch("E", R.shape, g), scratch("N", D.shape, g))
+        P, N = coupled_products(qk, D, x.beta, N, small(M), scratch)
+        writer = torch.mul(qk[:, C:], x.tail * x.beta, out=scratch("writer", (M, C, K), g)).mT
+        reads = scratch("reads", (M, 2 * C, V), g)
         operands = (qk, reads, reads[:, C:], R, x.gamma, N, E, writer, x.last)
         steps = zip(*(t.split(sizes) for t in operands), strict=True)
         starts = saved.states[n].split(sizes) if saved else [state[:size] for size in sizes]
@@ -139,20 +139,20 @@ def forward(
 
 
 def coupled_products(
-    qk: Tensor, D: Tensor, beta: Tensor, N: Tensor, small: Substitution, room: Workspace
+    qk: Tensor, D: Tensor, beta: Tensor, N: Tensor, small: Substitution, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
     """Both matrices that act on errors: P diag(beta) / scale and N diag(beta); fill `N`; uses up `D`."""
     C = D.shape[1]
-    P, W = products_of_rows(qk, room).split(C, 1)
+    P, W = products_of_rows(qk, scratch).split(C, 1)
     coupling(torch.mul(W, D, out=N), beta, small)
     P.mul_(D.mul_(beta.mT))
     return P, torch.mul(N, beta.mT, out=D)
 
 
-def products_of_rows(qk: Tensor, room: Workspace) -> Tensor:
+def products_of_rows(qk: Tensor, scratch: Scratch) -> Tensor:
     """Q K^T over K K^T."""
     M, C = len(qk), qk.shape[1] // 2
-    return torch.bmm(qk, qk[:, C:].mT, out=room("products", (M, 2 * C, C), qk.dtype))
+    return torch.bmm(qk, qk[:, C:].mT, out=scratch("products", (M, 2 * C, C), qk))
 
 
 def backward(
@@ -181,21 +181,21 @@ def backward(
     dq_rows, dk_rows, dv_rows, dg_rows, dbeta_rows = (out for _, out in grads)
     parts = Parts(*(torch.empty_like(x) for x in (tokens.G, tokens.G, tokens.beta, tokens.last, tokens.beta)))
     dstate = layout.first_states(dfinal, (HV, K, V), g)
-    marked, room = layout.checkpoints(T, every, cu_seqlens), Workspace(g.device)
+    marked, scratch = layout.checkpoints(T, every, cu_seqlens), Scratch()
     for c0, c1 in reversed(list(segments(layout, ELEMENTS // (HV * C * max(K, V))))):
         n, sizes = layout.matrices(c0, c1, HV), layout.sizes(c0, c1, HV)
-        x, D = segment(tokens, n, room)
-        qk = load(layout, c0, c1, q_rows, k_rows, HV, x, room)
-        N, E, S, wide = saved.N[n], saved.E[n], saved.states[n], qk.dtype
-        dOR = room("dOR", (len(E), 2 * C, V), wide)  # gradients of O over those of R
+        x, D = segment(tokens, n, scratch)
+        qk = load(layout, c0, c1, q_rows, k_rows, HV, x, scratch)
+        N, E, S = saved.N[n], saved.E[n], saved.states[n]
+        dOR = scratch("dOR", (len(E), 2 * C, V), qk)  # gradients of O over those of R
         layout.take_into(dOR[:, :C], do_rows, c0, c1, HV, scale)
-        products = products_of_rows(qk, room)
-        decayed = torch.mul(products[:, :C], D, out=room("decayed", D.shape, wide))
-        dU = torch.bmm(decayed.mT, dOR[:, :C], out=room("dU", E.shape, wide))
-        dS, decay = room("dS", S.shape, wide), torch.cat((x.gamma, -x.beta * x.gamma), 1)
+        products = products_of_rows(qk, scratch)
+        decayed = torch.mul(products[:, :C], D, out=scratch("decayed", D.shape, qk))
+        dU = torch.bmm(decayed.mT, dOR[:, :C], out=scratch("dU", E.shape, qk))
+        dS, decay = scratch("dS", S.shape, qk), torch.cat((x.gamma, -x.beta * x.gamma), 1)
         N = torch.mul(N, x.beta, out=decayed).mT
-        reader = torch.mul(qk, decay, out=room("rows of qk", qk.shape, wide)).mT
-        tailed = torch.mul(qk[:, C:], x.tail, out=room("rows of k", (len(E), C, K), wide))
+        reader = torch.mul(qk, decay, out=scratch("rows of qk", qk.shape, qk)).mT
+        tailed = torch.mul(qk[:, C:], x.tail, out=scratch("rows of k", (len(E), C, K), qk))
         operands = (dU, tailed, N, dOR[:, C:], dOR, reader, x.last)
         steps, ends = list(zip(*(t.split(sizes) for t in operands), strict=True)), dS.split(sizes)[::-1]
         for c, end, left, (write, tail, couple, error, both, read, last) in zip(
@@ -204,9 +204,9 @@ def backward(
             if dcheckpoints is not None and (at := marked.get(c)) is not None:
                 end[: len(at) * HV] += dcheckpoints.flatten(0, 1)[at].flatten(0, 1)
             write.baddbmm_(tail, end)
-            error.copy_(torch.baddbmm(write, couple, write, out=room("step", write.shape, write.dtype)))
+            error.copy_(torch.baddbmm(write, couple, write, out=scratch("step", write.shape, write)))
             torch.mul(end, last, out=left).baddbmm_(read, both)
-        dqk = gradients(x, D, qk, products, decay, E, S, dOR, dS, Parts(*(t[n] for t in parts)), room)
+        dqk = gradients(x, D, qk, products, decay, E, S, dOR, dS, Parts(*(t[n] for t in parts)), scratch)
         layout.store(dq_rows, c0, c1, dqk[:, :C], HV, x.q_norm)
         layout.store(dk_rows, c0, c1, dqk[:, C:], HV, x.k_norm)
         layout.store(dv_rows, c0, c1, dOR[:, C:], HV, x.beta)
@@ -240,27 +240,27 @@ def gradients(
     dOR: Tensor,
     dS: Tensor,
     parts: Parts,
-    room: Workspace,
+    scratch: Scratch,
 ) -> Tensor:
     """Gradients of qk, of length one where asked for, of a segment from both recurrences; fill `parts`.
 
     Uses up `products` and `D`, and the recurrence's "rows of qk" and "rows of k".
     """
-    C, wide = E.shape[1], qk.dtype
+    C = E.shape[1]
     k = qk[:, C:]
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        return torch.mul(a, b, out=room("product", a.shape, wide))
+        return torch.mul(a, b, out=scratch("product", a.shape, qk))
 
     # gradients of Q K^T over those of K K^T
-    inner = torch.bmm(dOR, E.mT, out=room("inner", products.shape, wide))
+    inner = torch.bmm(dOR, E.mT, out=scratch("inner", products.shape, qk))
     parts.dbeta.copy_(inner[:, C:].diagonal(dim1=1, dim2=2)[..., None])
     inner[:, :C].mul_(D.mul_(x.beta.mT))
     inner[:, C:].mul_(D.mul_(-x.beta).tril_(-1))
     products.mul_(inner)
 
-    dqk = torch.bmm(dOR, S.mT, out=room("rows of qk", qk.shape, wide)).mul_(decay)
-    to_state = torch.bmm(E, dS.mT, out=room("rows of k", k.shape, wide)).mul_(x.tail * x.beta)
+    dqk = torch.bmm(dOR, S.mT, out=scratch("rows of qk", qk.shape, qk)).mul_(decay)
+    to_state = torch.bmm(E, dS.mT, out=scratch("rows of k", k.shape, qk)).mul_(x.tail * x.beta)
     by_row, kept = (product(a, b).sum(-1, keepdim=True) for a, b in ((qk, dqk), (k, to_state)))
     torch.add(by_row[:, :C], by_row[:, C:], out=parts.r)
     parts.w.copy_(kept)
@@ -270,7 +270,7 @@ def gradients(
         along[:, C:] += kept + products.sum(1).unsqueeze(2)
     within = products[:, :C].add_(products[:, C:]).tril_(-1)
     up_to = torch.ones_like(within[:1]).triu_().expand_as(within)
-    after = torch.bmm(up_to, within, out=room("decayed", within.shape, wide)).tril_(-1)
+    after = torch.bmm(up_to, within, out=scratch("decayed", within.shape, qk)).tril_(-1)
     torch.sum(after, -1, keepdim=True, out=parts.Z)
 
     dqk.baddbmm_(inner, k)
@@ -307,22 +307,22 @@ def factors(layout: Layout, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, l2nor
     return Factors(of(beta[..., None], wide), G, gamma, tail, last, q_norm, k_norm)
 
 
-def segment(x: Factors, n: slice, room: Workspace) -> tuple[Factors, Tensor]:
+def segment(x: Factors, n: slice, scratch: Scratch) -> tuple[Factors, Tensor]:
     """The matrices `n`, and decays from token j to token i >= j, r[n,C,C]."""
     norms = (None if t is None else t[n] for t in (x.q_norm, x.k_norm))
     x = Factors(x.beta[n], x.G[n], x.gamma[n], x.tail[n], x.last[n], *norms)
     shape = (len(x.G), x.G.shape[1], x.G.shape[1])
-    ago = torch.sub(x.G, x.G.mT, out=room("differences of G", shape, x.G.dtype))
+    ago = torch.sub(x.G, x.G.mT, out=scratch("differences of G", shape, x.G))
     # Above the diagonal the difference is >= 0 and its exponential may be infinite: both are cleared.
-    return x, room("D", shape, x.beta.dtype).copy_(ago).exp_().tril_()
+    return x, scratch("D", shape, x.beta).copy_(ago).exp_().tril_()
 
 
 def load(
-    layout: Layout, c0: int, c1: int, q: Tensor, k: Tensor, heads: int, x: Factors, room: Workspace
+    layout: Layout, c0: int, c1: int, q: Tensor, k: Tensor, heads: int, x: Factors, scratch: Scratch
 ) -> Tensor:
     """Queries over keys of one segment, r[n,2C,K], widened, and normalised on request."""
     n, C, _ = x.beta.shape
-    qk = room("qk", (n, 2 * C, q.shape[-1]), x.beta.dtype)
+    qk = scratch("qk", (n, 2 * C, q.shape[-1]), x.beta)
     layout.take_into(qk[:, :C], q, c0, c1, heads, x.q_norm)
     layout.take_into(qk[:, C:], k, c0, c1, heads, x.k_norm)
     return qk

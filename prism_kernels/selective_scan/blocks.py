@@ -6,7 +6,8 @@ States at bounds and their gradients are [H,B,P,N], as in `dual.py`; inside, sta
 import torch
 from torch import Tensor
 
-from .discrete import Params, ScanGradients, Scratch, conj, discretise, flat, rate_gradients, unflat
+from .._core.scratch import Scratch
+from .discrete import Params, ScanGradients, conj, discretise, flat, rate_gradients, unflat
 
 
 def forward(
@@ -33,16 +34,21 @@ def backward(
     adjoint[-1] += eta.transpose(0, 1)
     for t in range(len(adjoint) - 2, -1, -1):
         torch.addcmul(adjoint[t], a_conj[t + 1], adjoint[t + 1], out=adjoint[t])
-    du = (flat(adjoint) * flat(conj(w_conj)[..., None, :] * B)).sum(-1).transpose(0, 1)
-    driven = unflat(flat(adjoint) * u_t, adjoint)  # the gradient of w B
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return torch.mul(a, b, out=scratch("product", torch.broadcast_shapes(a.shape, b.shape), a))
+
+    du = product(flat(adjoint), flat(conj(w_conj)[..., None, :] * B)).sum(-1).transpose(0, 1)
+    driven = scratch("driven", adjoint.shape, adjoint)  # the gradient of w B
+    torch.mul(flat(adjoint), u_t, out=flat(driven))
     if B.shape[-2] == 1:
         driven = driven.sum(-2, keepdim=True)
     end = (a_conj[0] * adjoint[0]).transpose(0, 1)
-    dB = fold(driven * w_conj[..., None, :], p.B)
-    dw = (driven * conj(B)).sum(-2)
-    read = unflat(g_t * flat(h_conj[1:]), h_conj) if p.C.ndim == 3 else over_channels(g_t, h_conj[1:])
+    dB = fold(product(driven, w_conj[..., None, :]), p.B)
+    dw = product(driven, conj(B)).sum(-2)
+    read = unflat(product(flat(h_conj[1:]), g_t), h_conj) if p.C.ndim == 3 else over_channels(g_t, h_conj[1:])
     dC = p.kappa * conj(fold(read, p.C))
-    dtheta = (adjoint * h_conj[:-1]).sum(-2) * a_conj.squeeze(-2)
+    dtheta = product(adjoint, h_conj[:-1]).sum(-2) * a_conj.squeeze(-2)
     dtheta, dw, a_conj, w_conj = (x.permute(1, 2, 0, 3) for x in (dtheta, dw, a_conj.squeeze(-2), w_conj))
     ddt, dA = rate_gradients(dtheta, dw, a_conj, w_conj, dt.transpose(1, 2).contiguous(), p)
     return ScanGradients(du, ddt.transpose(1, 2), dA, dB, dC, end)

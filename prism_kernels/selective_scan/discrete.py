@@ -3,12 +3,13 @@
 Tensors are complex or real, in the dtype of the state. The derivations are in README.md.
 """
 
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .._core.scratch import Scratch
 
 VANISHING = 1e-20  # |A| under which the weight is dt itself
 SERIES_BELOW = 0.25  # |dt A| under which psi comes from its series
@@ -59,20 +60,6 @@ class Params:
         """The same with dependent B and C cut to some tokens."""
         B, C = (x[:, time] if x.ndim == 4 else x for x in (self.B, self.C))
         return Params(self.A, B, C, self.euler)
-
-
-@dataclass
-class Scratch:
-    """Memory that the blocks of one call share, by name: fresh memory for each would cost page faults."""
-
-    held: dict[str, Tensor] = field(default_factory=dict)
-
-    def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Room for `shape` numbers as those of `like`; what was last written under this name is lost."""
-        size, held = prod(shape), self.held.get(name)
-        if held is None or held.numel() < size or held.dtype != like.dtype:
-            held = self.held[name] = like.new_empty(size)
-        return held[:size].view(shape)
 
 
 def joined(runs: list[ScanGradients], p: Params) -> ScanGradients:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core.scratch import Scratch
 from . import blocks
 from .discrete import (
     Params,
     ScanGradients,
-    Scratch,
     conj,
     discretise,
     flat,

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .discrete import Params, ScanGradients, Scratch
+from .._core.scratch import Scratch
+from .discrete import Params, ScanGradients
 from .dual import add_product, from_chunks, to_chunks
 
 

@@ -11,8 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .._core.scratch import Scratch
 from . import blocks, dual, scalar
-from .discrete import Params, ScanGradients, Scratch, concatenated, joined
+from .discrete import Params, ScanGradients, concatenated, joined
 
 DUAL_CHANNELS = 4  # fewer channels per head do not repay building the matrices
 NOTHING = (0,)
