@@ -190,6 +190,8 @@ class Run:
             child = subprocess.Popen(
                 command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=file,
                 stderr=subprocess.STDOUT, start_new_session=True,
+                # what a shell starts in its background ignores interruptions, and would pass that on
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
             try:
                 return child.wait(left - grace), False
