@@ -229,6 +229,17 @@ def test_a_step_of_any_size_gives_finite_numbers_of_the_right_size(real, steps):
         assert found[key].abs().max() <= 1.5 * right[key].abs().max(), key
 
 
+@pytest.mark.parametrize(
+    "steps", [(1.0, 1e5), (1e5, 1e6), (1e6, 1e12), (1e35, 1e36)], ids=lambda s: f"to {s[1]:.0e}"
+)
+def test_an_undamped_state_keeps_its_size_however_fast_it_turns(steps):
+    tensors = draw(rates=(0.0, 0.0), steps=steps, turns=100.0, T=768)
+    tensors["u"] = torch.zeros_like(tensors["u"])
+    final = forward(tensors)[1]
+    before = pairs(tensors["initial_state"])
+    assert (final.norm(dim=-1) / before.norm(dim=-1) - 1).abs().max() <= 3e-4
+
+
 def test_the_same_bits_twice():
     tensors = draw(torch.bfloat16, rates=(0.1, 8.0))
     dy, dfinal = cotangents(tensors)

@@ -24,7 +24,7 @@ from .numbers import (
 )
 from .streams import step_size
 
-LONGEST: tl.constexpr = tl.constexpr(3e38)  # stands for any longer time
+LONGEST: tl.constexpr = tl.constexpr(1e28)  # stands for any longer time: times rates must not overflow
 STIFF: tl.constexpr = tl.constexpr(40.0)  # octaves by which states of a chunk may decay apart
 
 
@@ -44,11 +44,12 @@ def parts(x):
 
 @triton.jit
 def cycles(S, w):
-    """S w as a whole number and a rest of about -0.5 to 0.5."""
+    """S w as a whole number and a rest of -0.5 to 0.5."""
     lead, low = S[0] * w[0], S[0] * w[1] + S[1] * (w[0] + w[1])
-    whole = tl.floor(lead + low + 0.5)
-    # Beyond 2 ** 24 cycles nothing is known of the rest, which must not overflow.
-    return whole, tl.minimum(tl.maximum((lead - whole) + low, -1.0), 1.0)
+    whole = tl.floor(lead + 0.5)
+    rest = (lead - whole) + low
+    more = tl.floor(rest + 0.5)
+    return whole + more, rest - more
 
 
 @triton.jit
