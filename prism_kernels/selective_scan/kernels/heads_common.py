@@ -44,12 +44,10 @@ def parts(x):
 
 @triton.jit
 def cycles(S, w):
-    """S w as a whole number and a rest of -0.5 to 0.5."""
+    """S w as a whole number and a rest of about -0.5 to 0.5; of -1 to 1 beyond 2 ** 24 cycles."""
     lead, low = S[0] * w[0], S[0] * w[1] + S[1] * (w[0] + w[1])
-    whole = tl.floor(lead + 0.5)
-    rest = (lead - whole) + low
-    more = tl.floor(rest + 0.5)
-    return whole + more, rest - more
+    whole = tl.floor(lead + low + 0.5)
+    return whole, tl.minimum(tl.maximum((lead - whole) + low, -1.0), 1.0)
 
 
 @triton.jit
@@ -67,6 +65,7 @@ def turn(S, turns, REAL: tl.constexpr):
         return (turns[0],)
     else:
         whole, rest = cycles(S, turns)
+        rest = tl.minimum(tl.maximum(rest, -0.509), 0.509)  # beyond, the modulus would not be 1
         sin, cos = sin_cos(rest * (0.5 * TURN))
         sign = 1.0 - 2.0 * (whole - 2.0 * tl.floor(whole * 0.5))
         return sign * cos, sign * sin
