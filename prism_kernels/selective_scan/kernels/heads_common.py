@@ -2,8 +2,8 @@
 
 Numbers are tuples of planes (numbers.py). A phase or an exponent is a time S times a rate w. Both come in two
 parts of which the first has 12 bits, so that the product of the first parts is exact, and what remains after
-whole turns or octaves is right to rounding while there are fewer than about 2 ** 11 of them; beyond that the
-error is 2 ** -36 of their number.
+whole turns or octaves is right to rounding while there are fewer than about 2 ** 11 of them. Beyond 2 ** 17 a
+phase near half of one may be off by the spacing of float32 there.
 """
 
 import triton
