@@ -18,6 +18,7 @@ from prism_kernels import (
     gated_delta_rule_step,
     rms_norm,
     selective_scan,
+    selective_scan_fn,
     selective_scan_step,
     swiglu,
 )
@@ -284,6 +285,67 @@ add_op(
         directions=("forward",),
     ),
     run_step,
+)
+
+
+# Mamba's own call: a real diagonal, weights per token, everything fused, channels before time.
+
+
+def draw_mamba(setting: Setting) -> Tensors:
+    s, draw = setting.sizes, Draw(0, setting.dtype)
+    B, T, D, N = (s[n] for n in "BTDN")
+    return {
+        "u": draw.normal(B, D, T),
+        "delta": draw.normal(B, D, T, scale=0.5),
+        "A": -torch.arange(1.0, N + 1).expand(D, N).to(draw.wide).contiguous(),
+        "B": draw.normal(B, N, T),
+        "C": draw.normal(B, N, T, scale=1 / math.sqrt(N)),
+        "D": draw.wide_normal(D),
+        "z": draw.normal(B, D, T),
+        "delta_bias": draw.gate(D, low=-6.0, high=-3.0),
+    }
+
+
+def run_mamba(t: Tensors, impl: str) -> Tensors:
+    return {"y": selective_scan_fn(**t, delta_softplus=True, impl=impl)}
+
+
+def define_mamba(setting: Setting, product_dtype: torch.dtype | None) -> Callable:
+    def definition(t: Tensors) -> Tensors:
+        u, z = (t[n].mT[..., None] for n in "uz")
+        B, C = (t[n].mT[:, :, None] for n in "BC")
+        options = {"dt_bias": t["delta_bias"], "dt_softplus": True, "discretization": "euler"}
+        args = (u, t["delta"].mT, t["A"], B, C, t["D"], z)
+        return {"y": scan_reference(*args, **options, product_dtype=product_dtype)[0][..., 0].mT}
+
+    return definition
+
+
+def mamba_floor(s: Sizes, e: int, backward: bool) -> Floor:
+    """An update costs 4 operations, its read-out 2; backward 2.5 times that. An exponential per mode."""
+    tokens, steps = s["B"] * s["T"], s["B"] * s["T"] * s["D"]
+    if backward:
+        return Floor(e * (7 * steps + 4 * tokens * s["N"]), 15 * steps * s["N"], steps * (s["N"] + 3))
+    return Floor(e * (4 * steps + 2 * tokens * s["N"]), 6 * steps * s["N"], steps * (s["N"] + 3))
+
+
+add_op(
+    Bench(
+        name="selective_scan_fn",
+        kind="op",
+        axes={"u": "BDT", "delta": "BDT", "A": "DN", "B": "BNT", "C": "BNT", "D": "D", "z": "BDT"}
+        | {"delta_bias": "D"},
+        outputs={"y": "BDT"},
+        shapes=("B8_D2048_L4096_N16",),
+        cpu=("B2_D256_L512_N16",),
+        draw=draw_mamba,
+        floor=mamba_floor,
+        oracle=lambda setting: partial(run_mamba, impl="torch"),
+        definition=define_mamba,
+        aliases=lambda sizes: {"T": sizes["L"]},
+        looped=True,
+    ),
+    run_mamba,
 )
 
 

@@ -214,21 +214,33 @@ def channelwise(scan: Callable, setting: Setting) -> Adapter:
     return Adapter(lambda t: {"y": scan(**t)}, to_channels, restore)
 
 
-def mamba_cuda(setting: Setting) -> Adapter:
+def cuda_scan(setting: Setting) -> Callable:
+    """`selective_scan_fn` of mamba-ssm, in CUDA."""
     module = need("mamba-ssm", "mamba_ssm.ops.selective_scan_interface", setting)
     if getattr(module, "selective_scan_cuda", None) is None:
         raise Skip(
             "mamba-ssm was built without selective_scan_cuda (MAMBA_KEEP_CUDA_BUILD=TRUE pip install ...)"
         )
-    return channelwise(module.selective_scan_fn, setting)
+    return module.selective_scan_fn
+
+
+def mamba_call(scan: Callable) -> Adapter:
+    return Adapter(lambda t: {"y": scan(**t, delta_softplus=True)})
+
+
+def pure_mamba(setting: Setting) -> Adapter:
+    return mamba_call(reference_scan("mamba-ssm", MAMBA))
+
+
+def reference_scan(package: str, inside: str) -> Callable:
+    """`selective_scan_ref` of a package, in pure PyTorch."""
+    einops = importlib.import_module("einops")
+    names = {"torch": torch, "F": F, "rearrange": einops.rearrange, "repeat": einops.repeat}
+    return function_of_file(package, inside, "selective_scan_ref", names)
 
 
 def pure_scan(package: str, inside: str, options: dict[str, str], setting: Setting) -> Adapter:
-    einops = importlib.import_module("einops")
-    names = {"torch": torch, "F": F, "rearrange": einops.rearrange, "repeat": einops.repeat}
-    return channelwise(
-        partial(function_of_file(package, inside, "selective_scan_ref", names), **options), setting
-    )
+    return channelwise(partial(reference_scan(package, inside), **options), setting)
 
 
 def accelerated(setting: Setting) -> Adapter:
@@ -258,8 +270,10 @@ for name, method, rule in (("selective_scan", "zoh", "zoh"), ("selective_scan_eu
     register(name, "torch.compile", no_complex)
     register(name, "lrnnx reference", partial(pure_scan, "lrnnx", LRNNX, {"discretization": rule}))
 register("selective_scan", "accelerated-scan", accelerated)
-register("selective_scan_euler", "mamba-ssm", mamba_cuda)
+register("selective_scan_euler", "mamba-ssm", lambda setting: channelwise(cuda_scan(setting), setting))
 register("selective_scan_euler", "mamba-ssm reference", partial(pure_scan, "mamba-ssm", MAMBA, {}))
+register("selective_scan_fn", "mamba-ssm", lambda setting: mamba_call(cuda_scan(setting)))
+register("selective_scan_fn", "mamba-ssm reference", pure_mamba)
 
 
 def eager_step(setting: Setting) -> Adapter:

@@ -25,6 +25,7 @@ TINY = {
     "gated_delta_rule_step": "B2_T3_H4_D8",
     "selective_scan": "B2_T5_H2_P3_N2",
     "selective_scan_euler": "B2_D3_L4_N2",
+    "selective_scan_fn": "B2_D3_L4_N2",
     "selective_scan_step": "B2_H2_P3_N2",
     "causal_conv1d": "B2_T6_D8_W4",
     "rms_norm": "B2_T3_D8",
