@@ -3,6 +3,8 @@
 These are the plainest competitors, and stand in for the mixers' ops inside a layer or a model.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,6 +92,34 @@ def scan_loop(
     y = y if D is None else y + D.to(wide).reshape(u.shape[2], -1) * u
     y = y if z is None else y * F.silu(z.to(wide))
     return SelectiveScanOutput(y.to(dtype), torch.view_as_real(h))
+
+
+def mamba_step(h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Step:
+    """One token of Mamba's scan, real: h r[B,D,N], u and dt r[B,D], B and C r[B,N]."""
+    h = torch.exp(dt[..., None] * A) * h + (dt * u)[..., None] * B[:, None]
+    return h, (h * C[:, None]).sum(-1)
+
+
+def mamba_loop(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    delta_bias: Tensor,
+    step: Callable[..., Step] = mamba_step,
+) -> Tensor:
+    """Mamba's scan with weights per token, channels before time; float32 inside, or float64."""
+    dtype, wide = u.dtype, torch.promote_types(u.dtype, torch.float32)
+    u, delta, B, C, z = (x.to(wide) for x in (u, delta, B, C, z))
+    dt = F.softplus(delta + delta_bias[:, None])
+    h, out = u.new_zeros(u.shape[0], *A.shape), []
+    for x in zip(*(t.unbind(2) for t in (u, dt, B, C)), strict=True):
+        h, y = step(h, *x[:2], A, *x[2:])
+        out.append(y)
+    return ((torch.stack(out, 2) + D[:, None] * u) * F.silu(z)).to(dtype)
 
 
 def scan_step(state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Step:

@@ -232,6 +232,12 @@ def pure_mamba(setting: Setting) -> Adapter:
     return mamba_call(reference_scan("mamba-ssm", MAMBA))
 
 
+def eager_mamba(compiled: bool, setting: Setting) -> Adapter:
+    step = torch_compile(loops.mamba_step) if compiled else loops.mamba_step
+    note = "the body of the time loop compiled" if compiled else ""
+    return Adapter(lambda t: {"y": loops.mamba_loop(**t, step=step)}, note=note)
+
+
 def reference_scan(package: str, inside: str) -> Callable:
     """`selective_scan_ref` of a package, in pure PyTorch."""
     einops = importlib.import_module("einops")
@@ -272,6 +278,8 @@ for name, method, rule in (("selective_scan", "zoh", "zoh"), ("selective_scan_eu
 register("selective_scan", "accelerated-scan", accelerated)
 register("selective_scan_euler", "mamba-ssm", lambda setting: channelwise(cuda_scan(setting), setting))
 register("selective_scan_euler", "mamba-ssm reference", partial(pure_scan, "mamba-ssm", MAMBA, {}))
+register("selective_scan_fn", "eager time loop", partial(eager_mamba, False))
+register("selective_scan_fn", "torch.compile", partial(eager_mamba, True))
 register("selective_scan_fn", "mamba-ssm", lambda setting: mamba_call(cuda_scan(setting)))
 register("selective_scan_fn", "mamba-ssm reference", pure_mamba)
 
