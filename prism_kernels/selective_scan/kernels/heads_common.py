@@ -2,8 +2,7 @@
 
 Numbers are tuples of planes (numbers.py). A phase or an exponent is a time S times a rate w. Both come in two
 parts of which the first has 12 bits, so that the product of the first parts is exact, and what remains after
-whole turns or octaves is right to rounding while there are fewer than about 2 ** 11 of them. Beyond 2 ** 17 a
-phase near half of one may be off by the spacing of float32 there.
+whole turns or octaves is right to rounding while there are fewer than about 2 ** 11 of them.
 """
 
 import triton
@@ -65,7 +64,8 @@ def turn(S, turns, REAL: tl.constexpr):
         return (turns[0],)
     else:
         whole, rest = cycles(S, turns)
-        rest = tl.minimum(tl.maximum(rest, -0.509), 0.509)  # beyond, the modulus would not be 1
+        more = tl.floor(rest + 0.5)
+        whole, rest = whole + more, rest - more
         sin, cos = sin_cos(rest * (0.5 * TURN))
         sign = 1.0 - 2.0 * (whole - 2.0 * tl.floor(whole * 0.5))
         return sign * cos, sign * sin
