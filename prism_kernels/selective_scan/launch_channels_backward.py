@@ -125,7 +125,7 @@ def backward(
         for token in by_token
     )
     dD, dbias = (u.new_empty((sequences * splits, H, P), dtype=wide) for _ in range(2))
-    planes, halves = 1 + len(pair), min(PARTS, tile.block_n)
+    planes, halves = 1 + len(pair), min(PARTS if pair else 1, tile.block_n)
     size = tile.block_c * tile.block_n * planes
     kept = (6 * SEGMENT + 3) * tile.block_c + 4 * size + SEGMENT * size // halves
     scratch = u.new_empty(programs * kept, dtype=wide)

@@ -9,11 +9,12 @@ backward".
 import triton
 import triton.language as tl
 
-from ..._core.tl_math import opaque
+from ..._core.tl_math import exp2_approx, opaque
 from .channels import channels_of, rows_of
 from .channels_adjoint import adjoint_after
 from .exponential import (
     ACCURATE,
+    LOG2E,
     MUFU,
     TURN,
     decay,
@@ -44,9 +45,15 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def discretised(dt, A, inv, EULER: tl.constexpr):
-    """a = exp(dt A), E = a - 1 and the weight w = E / A of a step, each to rounding. Euler: E = w = dt."""
-    a, E = decay(dt, A)
+def discretised(dt, A, inv, EULER: tl.constexpr, FAST: tl.constexpr):
+    """a = exp(dt A), E = a - 1 and the weight w = E / A of a step, each to rounding. Euler: E = w = dt, and
+    in a fast call a real a is one instruction's.
+    """
+    if EULER and FAST != ACCURATE and len(A) == 1:
+        a = (exp2_approx(dt * (A[0] * LOG2E), FAST == MUFU),)
+        E = a
+    else:
+        a, E = decay(dt, A)
     if EULER:
         w = zero_like(A)
         if len(A) == 1:
@@ -60,8 +67,8 @@ def discretised(dt, A, inv, EULER: tl.constexpr):
 
 @triton.jit
 def rerun(
-    h, A, inv, B, p_B, B_stride, k_u, k_dt, p_rows, tokens, mask, EULER: tl.constexpr, TOKEN_B: tl.constexpr,
-    BLOCK_C: tl.constexpr, ROW: tl.constexpr,
+    h, A, inv, B, p_B, B_stride, k_u, k_dt, p_rows, tokens, mask, EULER: tl.constexpr, FAST: tl.constexpr,
+    TOKEN_B: tl.constexpr, BLOCK_C: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Run the tokens of a segment forward from state h; the state before each goes to scratch."""
     for j in range(tokens):
@@ -70,7 +77,7 @@ def rerun(
         dt = tl.load(k_dt + j * BLOCK_C)[None, :]
         if TOKEN_B:
             B = load_number(p_B + j * B_stride, mask, A[0].dtype, len(A) == 1)
-        a, _, w = discretised(dt, A, inv, EULER)
+        a, _, w = discretised(dt, A, inv, EULER, FAST)
         h = plus(product(a, h), scaled(product(w, B), u))
 
 
@@ -89,12 +96,12 @@ def walk(
     p_numbers, places, B_stride, C_stride, part_stride, kept, p_rows, D, tokens, stored, m_c, N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, REAL: tl.constexpr,
     EULER: tl.constexpr, TOKEN_B: tl.constexpr, TOKEN_C: tl.constexpr, GATED: tl.constexpr,
-    ALWAYS: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """Walk back through a segment by the recurrence as it stands, right for any pole and step size.
 
-    The state before a token is read where states are to be `stored` (with ALWAYS, they are): the segment is
-    run again for that. Otherwise it is (h_t - w_t B_t u_t) / a_t. The states are done in PARTS, one after
+    The state before a token is read where states are to be `stored` (ALWAYS in accurate calls, and where to run
+    a segment again costs no more than to divide by decays): the segment is run again for that. Otherwise it is (h_t - w_t B_t u_t) / a_t. The states are done in PARTS, one after
     another: a part has a register for everything. The adjoint and the sums over time come and go by memory.
     """
     p_A, p_B, p_C, p_dB, p_dC, p_start, ends = places
@@ -102,6 +109,7 @@ def walk(
     ACC: tl.constexpr = k_u.dtype.element_ty
     PLANES: tl.constexpr = 1 if REAL else 2
     KAPPA: tl.constexpr = 1.0 if REAL else 2.0
+    ALWAYS: tl.constexpr = FAST == ACCURATE or (REAL and EULER)
     ROWS_N: tl.constexpr = BLOCK_N // PARTS
     ROW: tl.constexpr = ROWS_N * BLOCK_C * PLANES
     TILE: tl.constexpr = BLOCK_N * BLOCK_C * PLANES
@@ -124,8 +132,8 @@ def walk(
         if ALWAYS or stored:
             h = load_number(p_start + o_state, mask, ACC, REAL)
             rerun(
-                h, A, inv, B, p_B + o_state, B_stride, k_u, k_dt, p_row, tokens, mask, EULER, TOKEN_B,
-                BLOCK_C, ROW,
+                h, A, inv, B, p_B + o_state, B_stride, k_u, k_dt, p_row, tokens, mask, EULER, FAST,
+                TOKEN_B, BLOCK_C, ROW,
             )  # fmt: skip
             tl.debug_barrier()
         h = state_after(ends, o_state, mask, ACC, REAL)
@@ -138,7 +146,7 @@ def walk(
                 B = load_number(p_B + o_state + j * B_stride, mask, ACC, REAL)
             if TOKEN_C:
                 C = load_number(p_C + o_state + j * C_stride, mask, ACC, REAL)
-            a, E, w = discretised(dt, A, inv, EULER)
+            a, E, w = discretised(dt, A, inv, EULER, FAST)
             wB = product(w, B)
             x = scaled(wB, u[None, :])
             # the state before, and what is left of it; a branch would keep all of this in registers
@@ -388,7 +396,7 @@ def scan_backward(
             walk(
                 p_numbers, places, SIGN * B_STRIDE, SIGN * C_STRIDE, SIGN * PART, areas, p_numbers + 4 * TILE,
                 D, tokens, stored, m_c, N, BLOCK_C, BLOCK_N, PARTS, REAL, EULER, TOKEN_B, TOKEN_C,
-                GATED, FAST == ACCURATE,
+                GATED, FAST,
             )  # fmt: skip
             tl.debug_barrier()
             m = load_number(p_numbers + o_tile, mask, ACC, REAL)
