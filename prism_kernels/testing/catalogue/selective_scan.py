@@ -127,9 +127,11 @@ def static_cases(dtype: torch.dtype) -> list[Case]:
     ]
 
 
-def fast_case(make, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, **options) -> list[Case]:
+def fast_case(
+    make, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, name: str = "fast", **options
+) -> list[Case]:
     """For 16 bits only: special functions are right to a few 2**-22, so that float32 knows better."""
-    return [make("fast", sizes, accuracy="fast", **options)] if dtype in LOW else []
+    return [make(name, sizes, accuracy="fast", **options)] if dtype in LOW else []
 
 
 def token_cases(dtype: torch.dtype) -> list[Case]:
@@ -160,6 +162,7 @@ def real_cases(dtype: torch.dtype) -> list[Case]:
         make("a step size per head", (2, 17, 8, 4, 8)),
         make("static weights", (1, 9, 8, 1, 16), weights=("head", "channel")),
         *fast_case(make, (1, 9, 8, 1, 16), dtype, weights=("head", "channel")),
+        *fast_case(make, (1, 35, 8, 1, 16), dtype, "fast, Euler", discretization="euler", dt_softplus=True),
         make("tiny steps", (1, 6, 8, 1, 6), steps=(1e-7, 1e-5), full=False, hostile=True),
         make("huge steps", (1, 6, 8, 1, 6), steps=(1e1, 1e2), full=False, hostile=True),
         *(case.with_tensors(A=case.tensors["A"][:, :1]) for case in (shared, stiff)),
