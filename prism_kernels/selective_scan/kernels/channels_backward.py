@@ -102,8 +102,8 @@ def walk(
 
     The state before a token is read where states are to be `stored` (ALWAYS in accurate calls, and where to
     run a segment again costs no more than to divide by decays): the segment is run again for that. Otherwise
-    it is (h_t - w_t B_t u_t) / a_t. The states are done in PARTS, one after another: a part has a register for
-    everything. The adjoint and the sums over time come and go by memory.
+    it is (h_t - w_t B_t u_t) / a_t. The states are done in PARTS, one after another: a part has a register
+    for everything. The adjoint and the sums over time come and go by memory.
     """
     p_A, p_B, p_C, p_dB, p_dC, p_start, ends = places
     k_u, k_dt, k_g, k_du, k_ddt, k_y = kept
