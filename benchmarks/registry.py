@@ -24,7 +24,7 @@ from .results import DIRECTIONS
 Tensors = dict[str, Tensor]
 Sizes = dict[str, int]
 
-CATALOGUES = ("ops", "modules", "peers")  # modules of this package that add benches and providers
+CATALOGUES = ("ops", "scans", "modules", "peers")  # modules of this package that add benches and providers
 
 
 class Skip(Exception):
