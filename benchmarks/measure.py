@@ -122,18 +122,13 @@ def silent_stderr() -> Iterator[None]:
 
 
 def roofline(device: str, dtypes: list[torch.dtype]) -> Roofline:
-    """The fastest of several large copies and sums, and of several matrix products per dtype.
-
-    A CPU reads a line before it writes there, which is not counted: a sum of two counts three of four, a copy
-    two of three.
+    """The fastest of several large copies, and of several matrix products per dtype.
 
     On a CPU a product is PyTorch's or that of our linear layer, which may be another library's.
     """
     n = COPY_BYTES[device]
     source, target = (torch.ones(n // 4, device=device) for _ in range(2))
-    other = source.clone()
-    copy = _best(lambda: target.copy_(source), device) / 2
-    copy = min(copy, _best(lambda: torch.add(source, other, out=target), device) / 3)
+    copy = _best(lambda: target.copy_(source), device)
     rates = {}
     for dtype in dtypes:
         side = PRODUCT[device]
@@ -141,7 +136,7 @@ def roofline(device: str, dtypes: list[torch.dtype]) -> Roofline:
         layer = Linear(side, side).to(device, dtype).requires_grad_(False)
         fastest = min(_best(call, device) for call in (partial(torch.matmul, a, b), partial(layer, a)))
         rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / fastest / 1e9
-    return Roofline(copy_gb_s=n / copy / 1e6, tflop_s=rates)
+    return Roofline(copy_gb_s=2 * n / copy / 1e6, tflop_s=rates)
 
 
 def _best(call: Callable, device: str) -> float:

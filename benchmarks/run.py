@@ -44,7 +44,7 @@ from .judge import Judge, judge, limit_of, not_finite
 from .progress import Progress
 from .ranking import EAGER, INDUCTOR, OURS, REFERENCE, floor_ms
 from .registry import Adapter, Provider, Skip, Tensors
-from .results import DIRECTIONS, Result, ResultError, Row, environment, load
+from .results import DIRECTIONS, Result, ResultError, Roofline, Row, environment, load
 from .selection import Group, Refusal, check_numbers, load_plugin, select
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -124,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         with Progress(sum(len(group.providers) for group in groups)) as progress:
             measure_all(Run(args, result, tried, progress), groups)
+        raise_ceilings(result, args.device)
+        result.save(args.out)
     except DeviceLost as error:
         print(
             f"{error}\nThe GPU is lost to this process; the same command with --resume goes on.",
@@ -371,8 +373,23 @@ def fill(row: Row, samples: list[float], result: Result) -> None:
     row.samples = len(samples)
     row.gb_s = row.floor_bytes / row.ms_p50 / 1e6
     row.tflop_s = row.floor_flops / row.ms_p50 / 1e9
-    floor = floor_ms(row, result.roofline)
-    row.roofline_percent = 100 * floor / row.ms_p50 if floor else None
+    row.roofline_percent = percent_of(row, result.roofline)
+
+
+def percent_of(row: Row, roofline: Roofline) -> float | None:
+    """The least time that this machine could need, as a percentage of what a row took."""
+    floor = floor_ms(row, roofline)
+    return 100 * floor / row.ms_p50 if floor and row.ms_p50 else None
+
+
+def raise_ceilings(result: Result, device: str) -> None:
+    """Measure once more what the machine does at best, as others may have used it before; keep the better."""
+    roofline, dtypes = result.roofline, [getattr(torch, name) for name in result.roofline.tflop_s]
+    again = measure.roofline(device, dtypes)
+    roofline.copy_gb_s = max(roofline.copy_gb_s, again.copy_gb_s)
+    roofline.tflop_s = {name: max(rate, again.tflop_s[name]) for name, rate in roofline.tflop_s.items()}
+    for row in result.rows:
+        row.roofline_percent = percent_of(row, roofline)
 
 
 def check_device(row: Row) -> None:

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from benchmarks.attempts import CHECKING, OPENING, ORACLE, TIMING, Attempts
-from benchmarks.results import ResultError, load
+from benchmarks.results import ResultError
+from tests.benchmarks.fakes import rows_of
 from tests.benchmarks.test_run import FAST, ROOT
 
 KEY = ("rms_norm", "B2_T3_D8", "float32", "forward", "peer")
@@ -62,7 +63,7 @@ def test_a_run_gets_past_a_provider_that_ends_the_process(tmp_path, calls, death
     before = []
     for more, code in ([], -number), (["--resume"], -number), (["--resume"], 0):
         done = subprocess.run([*command, *more], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        rows = load(out).rows
+        rows = rows_of(out)
         assert done.returncode == code and rows[: len(before)] == before
         before = rows
     found = {(row.shape, row.provider): row for row in rows}
