@@ -198,7 +198,8 @@ def walk_by_differences(
     m, sums, p_A, p_B, p_C, ends, o_n, mask, D, k_u, tokens, driven, BLOCK_C: tl.constexpr,
     AREA: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Walk back through a segment with v = h + B u / A: for complex poles, static B and C, fast.
+    """Walk back through a segment with v = h + B u / A: for complex poles, static B and C, and calls that are
+    fast or have 16-bit inputs.
 
     No weight, no slope and no stored state; the caller knows that the segment decays little and turns enough.
     """
@@ -229,7 +230,10 @@ def walk_by_differences(
         dC = plus(dC, scaled(v, g[None, :]))
         q = product_conj(l, v)
         dA = plus(dA, scaled(q, dt))
-        ddt = LN2 * tl.sum(q[0] * rate[0], axis=0) + TURN * tl.sum(q[1] * rate[1], axis=0)
+        if FAST == ACCURATE:
+            ddt = real_dot(q, rate, 0)
+        else:
+            ddt = LN2 * tl.sum(q[0] * rate[0], axis=0) + TURN * tl.sum(q[1] * rate[1], axis=0)
         m = product_conj(l, a)
         du = skip * g - drawn
         drawn = real_dot(shift, m, 0)
@@ -264,6 +268,7 @@ def scan_backward(
     ROWS: tl.constexpr, REAL: tl.constexpr, EULER: tl.constexpr, TOKEN_B: tl.constexpr, TOKEN_C: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr,
     MOST_DECAY: tl.constexpr, LEAST_ANGLE: tl.constexpr, SPLITS: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """All gradients; those of A, B, C, D and the bias per part of a sequence and channel, ddt per channel.
 
@@ -324,9 +329,9 @@ def scan_backward(
         # places of the segment's first token in the scan's direction; the block's number is hidden from the
         # compiler, since it would keep a register for every address from one segment to the next
         number = before + segments - 1 - i
-        tokens = opaque(tl.minimum(SEGMENT, length - number * SEGMENT), FAST == MUFU)
+        tokens = opaque(tl.minimum(SEGMENT, length - number * SEGMENT), NVIDIA)
         first = origin + SIGN * number * SEGMENT
-        m_c, o_c, head, lane = channels_of(i_g, opaque(i_c, FAST == MUFU), OF_GROUP, P, BLOCK_C)
+        m_c, o_c, head, lane = channels_of(i_g, opaque(i_c, NVIDIA), OF_GROUP, P, BLOCK_C)
         mask = m_c[None, :] & (o_n < N)
         o_out = (i_b * T + first) * CHANNELS + o_c
         inputs = (
@@ -413,7 +418,7 @@ def scan_backward(
         )  # fmt: skip
         tl.debug_barrier()
 
-    m_c, o_c, head, lane = channels_of(i_g, opaque(i_c, FAST == MUFU), OF_GROUP, P, BLOCK_C)
+    m_c, o_c, head, lane = channels_of(i_g, opaque(i_c, NVIDIA), OF_GROUP, P, BLOCK_C)
     mask = m_c[None, :] & (o_n < N)
     o_state = (o_c[None, :] * N + o_n) * PLANES
     o_sum = (i_s * SPLITS + i_split) * STATES + o_state

@@ -89,12 +89,19 @@ def decay(dt, A):
 
 @triton.jit
 def decay_and_inverse(dt, rate, FAST: tl.constexpr):
-    """exp(dt A) and its inverse, fast, of `rates` of A; the caller bounds |dt Re A|."""
-    sin, cos = turned(dt, rate[1], FAST)
-    x = dt * rate[0]
-    gain = exp2_approx(x, FAST == MUFU)
-    loss = exp2_approx(-x, FAST == MUFU)
-    return (gain * cos, gain * sin), (loss * cos, -(loss * sin))
+    """exp(dt A) and its inverse, of `rates` of A; the caller bounds |dt Re A|."""
+    if FAST == ACCURATE:
+        a, _ = decay(dt, rate)
+        gain, _ = growth(dt * rate[0])
+        loss = 1.0 / gain
+        loss = loss * loss
+        return a, (a[0] * loss, -(a[1] * loss))
+    else:
+        sin, cos = turned(dt, rate[1], FAST)
+        x = dt * rate[0]
+        gain = exp2_approx(x, FAST == MUFU)
+        loss = exp2_approx(-x, FAST == MUFU)
+        return (gain * cos, gain * sin), (loss * cos, -(loss * sin))
 
 
 @triton.jit
