@@ -8,6 +8,7 @@ python -m benchmarks report
 
 import argparse
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -16,6 +17,8 @@ COMMANDS = {
     "compare": "two result files or two revisions, noise aware",
     "report": "tables and figures from the committed results",
 }
+
+PIPE_CLOSED = 128 + 13  # what a shell reports of a process that SIGPIPE has ended
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +36,13 @@ def main(argv: list[str] | None = None) -> int:
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)
-    return args.run(args)
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    return status
 
 
 if __name__ == "__main__":

@@ -387,3 +387,18 @@ def test_the_ceilings_are_the_better_of_before_and_after(tmp_path, monkeypatch):
     for row in result.rows:
         expected = 100 * max(row.floor_bytes / 40e6, row.floor_flops / 2e9) / row.ms_p50
         assert row.roofline_percent == pytest.approx(expected)
+
+
+def test_a_resumed_run_that_finds_everything_done_measures_nothing(tmp_path, monkeypatch):
+    options = ("--op", "rms_norm", "--sizes", TINY["rms_norm"], "--provider", "torch")
+    done = bench(tmp_path, *options)
+    monkeypatch.setattr(measure, "roofline", lambda *_: pytest.fail("ceilings measured for no row"))
+    assert bench(tmp_path, *options, "--resume") == done
+
+
+def test_a_reader_that_leaves_early_ends_the_command_quietly():
+    command = [sys.executable, "-m", "benchmarks", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 128 + signal.SIGPIPE
