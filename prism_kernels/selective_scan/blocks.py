@@ -1,13 +1,23 @@
 """A block of time, discretised at once; its states follow one after the other. Any shape of B and C.
 
-States at bounds and their gradients are [H,B,P,N], as in `dual.py`; inside, states are [c,B,H,P,N].
+States at bounds and their gradients are [H,B,P,N], as in `dual.py`; inside, states are [c,B,H,P,N]. All that
+is as large lies in scratch, and what is summed over tokens or channels is summed by products of matrices.
 """
 
 import torch
 from torch import Tensor
 
 from .._core.scratch import Scratch
-from .discrete import Params, ScanGradients, conj, discretise, flat, rate_gradients, unflat
+from .discrete import (
+    Params,
+    ScanGradients,
+    conj,
+    discretise,
+    flat,
+    step_powers,
+    unflat,
+    weight_gradient,
+)
 
 
 def forward(
@@ -16,9 +26,8 @@ def forward(
     """Return y [B,c,H,P] of a block that starts from states[0], and two empty tensors; write states[1]."""
     _, _, h_conj = run(u, dt, p, states[0].transpose(0, 1), scratch)
     states[1] = conj(h_conj[-1].transpose(0, 1))
-    read = flat(h_conj[1:]).mul_(flat(conj(per_token(p.C, u.shape[2]))))
-    y = read.sum(-1).mul_(p.kappa).transpose(0, 1)
-    return y, dt.new_empty(0), dt.new_empty(0)
+    y = over_states(h_conj[1:], per_token(conj(p.C), u.shape[2]), h_conj[1:]).mul_(p.kappa)
+    return y.transpose(0, 1), dt.new_empty(0), dt.new_empty(0)
 
 
 def backward(
@@ -27,77 +36,115 @@ def backward(
     """Gradients of a block from g = dL/dy and eta = dL/d(its end state)."""
     states, H = kept[0], u.shape[2]
     a_conj, w_conj, h_conj = run(u, dt, p, states[0].transpose(0, 1), scratch)
-    B, C = per_token(p.B, H), per_token(p.C, H)
-    g_t, u_t = g.transpose(0, 1)[..., None], u.transpose(0, 1)[..., None]
+    g_t, u_t, dt_t = (x.transpose(0, 1).contiguous() for x in (g, u, dt[..., None]))
+    B, kappa_C = per_token(p.B, H), per_token(p.kappa * p.C, H)
     adjoint = scratch("adjoint", h_conj[1:].shape, h_conj)
-    torch.mul(g_t, flat(p.kappa * C), out=flat(adjoint))
+    torch.mul(g_t[..., None], flat(kappa_C), out=flat(adjoint))
     adjoint[-1] += eta.transpose(0, 1)
-    for t in range(len(adjoint) - 2, -1, -1):
-        torch.addcmul(adjoint[t], a_conj[t + 1], adjoint[t + 1], out=adjoint[t])
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return torch.mul(a, b, out=scratch("product", torch.broadcast_shapes(a.shape, b.shape), a))
-
-    du = product(flat(adjoint), flat(conj(w_conj)[..., None, :] * B)).sum(-1).transpose(0, 1)
-    driven = scratch("driven", adjoint.shape, adjoint)  # the gradient of w B
-    torch.mul(flat(adjoint), u_t, out=flat(driven))
-    if B.shape[-2] == 1:
-        driven = driven.sum(-2, keepdim=True)
+    backwards = [x.unbind(0)[::-1] for x in (a_conj, adjoint)]
+    for a, after, before in zip(*backwards, backwards[1][1:], strict=False):
+        torch.addcmul(before, a, after, out=before)
     end = (a_conj[0] * adjoint[0]).transpose(0, 1)
-    dB = fold(product(driven, w_conj[..., None, :]), p.B)
-    dw = product(driven, conj(B)).sum(-2)
-    read = unflat(product(flat(h_conj[1:]), g_t), h_conj) if p.C.ndim == 3 else over_channels(g_t, h_conj[1:])
-    dC = p.kappa * conj(fold(read, p.C))
-    dtheta = product(adjoint, h_conj[:-1]).sum(-2) * a_conj.squeeze(-2)
-    dtheta, dw, a_conj, w_conj = (x.permute(1, 2, 0, 3) for x in (dtheta, dw, a_conj.squeeze(-2), w_conj))
-    ddt, dA = rate_gradients(dtheta, dw, a_conj, w_conj, dt.transpose(1, 2).contiguous(), p)
-    return ScanGradients(du, ddt.transpose(1, 2), dA, dB, dC, end)
+
+    dC = p.kappa * conj(fold(g_t, h_conj[1:], p.C))
+    slope, product = (scratch(name, adjoint.shape, adjoint) for name in ("slope", "product"))
+    torch.mul(adjoint, a_conj, out=slope)
+    dtheta = torch.mul(slope, h_conj[:-1], out=h_conj[:-1])  # of the exponents dt A
+    dA = over_tokens(dt_t.expand_as(u_t), dtheta).sum(1)
+    ddt = over_states(dtheta, p.A[:, None], product)
+    if p.euler:
+        read = over_states(adjoint, B, product)
+        du, dB = dt_t * read, fold(dt_t * u_t, adjoint, p.B)
+        ddt += u_t * read
+    else:
+        weighted = adjoint.mul_(w_conj)
+        du, dB = over_states(weighted, B, product), fold(u_t, weighted, p.B)
+        ddt += u_t * over_states(slope, B, product)
+        dA += through_weights(slope, weighted, dB, u_t, dt_t, p)
+    return ScanGradients(du.transpose(0, 1), ddt.sum(-1).transpose(0, 1), dA, dB, dC, end)
+
+
+def through_weights(
+    slope: Tensor, weighted: Tensor, dB: Tensor, u_t: Tensor, dt_t: Tensor, p: Params
+) -> Tensor:
+    """The gradient of A [H,N] through w, from that of the states times conj(a) and times conj(w)."""
+    powers, largest = step_powers(by_channel(dt_t)[:, 0, 0])
+    rows = powers[:, None] * by_channel(u_t)
+    H, B_conj = len(largest), conj(p.B)
+    if p.B.ndim == 4:
+        B_conj = per_token(B_conj, H)
+        moments = products(rows, slope.mul_(B_conj))
+        whole = over_tokens(u_t, weighted.mul_(B_conj))
+    else:
+        moments = products(rows, slope) * B_conj.reshape(H, -1, 1, p.modes)
+        whole = (dB * B_conj).reshape(H, -1, p.modes)
+    return weight_gradient(moments.sum(1), whole.sum(1), largest, p.poles)
 
 
 def step(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tensor]:
     """Return y [B,1,H,P] and the state [B,H,P,N] after one token, by the arithmetic of `forward`."""
-    h_conj = run(u, dt, p, h0, Scratch())[2][1]
-    y = (flat(h_conj) * flat(conj(per_token(p.C, u.shape[2])))[0]).sum(-1).mul_(p.kappa)
-    return y[:, None], conj(h_conj) if h_conj.is_complex() else h_conj.clone()
+    h_conj = run(u, dt, p, h0, Scratch())[2][1:]
+    C = per_token(conj(p.C), u.shape[2])
+    y = over_states(h_conj, C, torch.empty_like(h_conj)).mul_(p.kappa)
+    return y.transpose(0, 1), conj(h_conj[0]) if h_conj.is_complex() else h_conj[0].clone()
 
 
 def run(u: Tensor, dt: Tensor, p: Params, h0: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return conj(a) [c,B,H,1,N], conj(w) [c,B,H,N] and all states, conjugated, [c+1,B,H,P,N], h0 first."""
+    """Return conj(a), conj(w) [c,B,H,1,N] and all states, conjugated, [c+1,B,H,P,N], h0 first."""
     step, u_t = dt.transpose(0, 1).contiguous()[..., None], u.transpose(0, 1)[..., None]
-    a_conj, w_conj = discretise(step, p.A, p.euler, scratch)
+    a_conj, w_conj = (x[..., None, :] for x in discretise(step, p.poles, p.euler, scratch))
     h_conj = scratch("states", (len(step) + 1, *h0.shape), h0)
     h_conj[0] = conj(h0)
-    B, driven = conj(per_token(p.B, u.shape[2])), flat(h_conj[1:])
+    B, driven = per_token(conj(p.B), u.shape[2]), flat(h_conj[1:])
     if p.euler:
         torch.mul(step[..., None] * u_t, flat(B), out=driven)
     elif B.shape[-2] == u_t.shape[-2]:
-        torch.mul(w_conj[..., None, :], B, out=h_conj[1:])
+        torch.mul(w_conj, B, out=h_conj[1:])
         driven.mul_(u_t)
     else:
-        torch.mul(flat(w_conj[..., None, :] * B), u_t, out=driven)
-    a_conj = a_conj[..., None, :]
+        torch.mul(flat(w_conj * B), u_t, out=driven)
     h_t = h_conj.unbind(0)
     for a, before, after in zip(a_conj.unbind(0), h_t, h_t[1:], strict=False):
         torch.addcmul(after, a, before, out=after)
     return a_conj, w_conj, h_conj
 
 
-def over_channels(x: Tensor, h: Tensor) -> Tensor:
-    """sum_p x h as [..., 1, N], for real x [..., P, 1]."""
-    if h.shape[-2] == 1:
-        return x * h
-    return unflat(x.transpose(-1, -2) @ flat(h), h)
+def over_states(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """Re sum_n x conj(y), r[c,B,H,P], for x [c,B,H,P,N] and y that broadcasts to it. Writes `out`, as x."""
+    return torch.mul(flat(x), flat(y), out=flat(out)).sum(-1)
+
+
+def over_tokens(rate: Tensor, x: Tensor) -> Tensor:
+    """sum_cB rate x, [H,P,N], for x [c,B,H,P,N] and rate r[c,B,H,P]."""
+    return products(by_channel(rate), x).squeeze(2)
+
+
+def by_channel(x: Tensor) -> Tensor:
+    """Real x [c,B,H,P] as rows [H,P,1,cB], in order: a product of matrices is slow on others."""
+    return x.permute(2, 3, 0, 1).flatten(2).contiguous()[:, :, None]
+
+
+def products(rows: Tensor, x: Tensor) -> Tensor:
+    """[H,P,k,N] from rows r[H,P,k,cB] and x [c,B,H,P,N], which stays where it lies."""
+    matrices = flat(x).flatten(2, 3).flatten(0, 1).transpose(0, 1)
+    return unflat(torch.bmm(rows.flatten(0, 1), matrices), x).view(*rows.shape[:3], -1)
+
+
+def fold(rate: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """sum rate x in the shape of `like`, B or C, for x [c,B,H,P,N] and rate r[c,B,H,P]."""
+    if like.ndim < 4:
+        sums = over_tokens(rate, x)
+        return sums if like.ndim == 3 else sums.sum(1)
+    batch, c, G, _ = like.shape
+    rows = rate.reshape(c * batch * G, 1, -1)
+    sums = torch.bmm(rows, flat(x).view(len(rows), rows.shape[-1], -1))
+    return unflat(sums, x).view(c, batch, G, -1).transpose(0, 1)
 
 
 def per_token(x: Tensor, H: int) -> Tensor:
     """Static [H,N] or [H,P,N], or dependent [B,c,G,N], as [c|1,B|1,H,P|1,N]."""
     if x.ndim == 4:
-        return x.transpose(0, 1).repeat_interleave(H // x.shape[2], 2)[..., None, :]
+        x = x.transpose(0, 1)
+        heads = x.expand(-1, -1, H, -1) if x.shape[2] == 1 else x.repeat_interleave(H // x.shape[2], 2)
+        return heads[..., None, :]
     return (x[:, None] if x.ndim == 2 else x)[None, None]
-
-
-def fold(d: Tensor, like: Tensor) -> Tensor:
-    """The gradient d [c,B,H,P|1,N] summed to the shape of `like`."""
-    if like.ndim == 4:
-        return d.squeeze(-2).unflatten(2, (like.shape[2], -1)).sum(3).transpose(0, 1)
-    return d.sum((0, 1)).reshape(like.shape)

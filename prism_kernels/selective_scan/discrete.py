@@ -4,6 +4,7 @@ Tensors are complex or real, in the dtype of the state. The derivations are in R
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -28,13 +29,44 @@ class ScanGradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Params:
-    """A [H,N], or [H,1] for one pole; B and C static [H,N] or [H,P,N], or dependent [B,T,G,N]; the method."""
+class Poles:
+    """A [...,N], and what every block of time wants of it, computed once."""
 
     A: Tensor
+
+    @cached_property
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        """The real part and, of complex ones, the imaginary one of the conjugate."""
+        return (self.A.real.contiguous(), -self.A.imag) if self.A.is_complex() else (self.A, None)
+
+    @cached_property
+    def vanishing(self) -> Tensor | None:
+        """Where A vanishes, or None."""
+        where = self.A.abs() < VANISHING
+        return where if where.any() else None
+
+    @cached_property
+    def inverse_conj(self) -> Tensor:
+        """1 / conj(A), and 0 where A vanishes. From float64, since its error meets every token alike."""
+        inverse = conj(deep(self.A)).reciprocal()
+        if self.vanishing is not None:
+            inverse = inverse.masked_fill(self.vanishing, 0)
+        return inverse.to(self.A.dtype)
+
+
+@dataclass(frozen=True)
+class Params:
+    """Poles [H,N], or [H,1] for one; B and C static [H,N] or [H,P,N], or dependent [B,T,G,N]; the method."""
+
+    poles: Poles
     B: Tensor
     C: Tensor
     euler: bool
+
+    @property
+    def A(self) -> Tensor:
+        """The poles as a tensor."""
+        return self.poles.A
 
     @property
     def kappa(self) -> int:
@@ -59,7 +91,7 @@ class Params:
     def token_slice(self, time: slice) -> "Params":
         """The same with dependent B and C cut to some tokens."""
         B, C = (x[:, time] if x.ndim == 4 else x for x in (self.B, self.C))
-        return Params(self.A, B, C, self.euler)
+        return Params(self.poles, B, C, self.euler)
 
 
 def joined(runs: list[ScanGradients], p: Params) -> ScanGradients:
@@ -100,7 +132,7 @@ def conj(x: Tensor) -> Tensor:
     return torch.conj_physical(x) if x.is_complex() else x
 
 
-def discretise(dt: Tensor, A: Tensor, euler: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
+def discretise(dt: Tensor, poles: Poles, euler: bool, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """Return exp(dt A) and the weight w, both conjugated, where dt [..., 1] and A [..., N] broadcast.
 
     They lie in `scratch`; under Euler w is dt itself.
@@ -108,24 +140,29 @@ def discretise(dt: Tensor, A: Tensor, euler: bool, scratch: Scratch) -> tuple[Te
     w = (exp(dt A) - 1) / A with a numerator that is exact to rounding in norm: its real part is
     expm1(x) cos(y) - 2 sin(y/2)^2. Where A vanishes, w = dt.
     """
-    shape = tuple(torch.broadcast_shapes(dt.shape, A.shape))
+    shape, (rate, turning) = tuple(torch.broadcast_shapes(dt.shape, poles.A.shape)), poles.parts
     x, gain, y, cos, turn = (scratch(name, shape, dt) for name in ("x", "gain", "y", "cos", "turn"))
-    torch.exp(torch.mul(dt, real(A), out=x), out=gain)
+    torch.exp(torch.mul(dt, rate, out=x), out=gain)
     if not euler:
         x.expm1_()
-    if not A.is_complex():
+    if turning is None:
         a, rise = gain, x
     else:
-        torch.mul(dt, -A.imag, out=y)  # the other way round: what is wanted is conjugated
+        torch.mul(dt, turning, out=y)
         torch.sin(y, out=turn).mul_(gain)
-        a = torch.complex(gain.mul_(torch.cos(y, out=cos)), turn, out=scratch("a", shape, A))
+        a = torch.complex(gain.mul_(torch.cos(y, out=cos)), turn, out=scratch("a", shape, poles.A))
         if not euler:
             half = y.mul_(0.5).sin_().square_()
-            rise = torch.complex(x.mul_(cos).sub_(half, alpha=2), turn, out=scratch("w", shape, A))
+            rise = torch.complex(x.mul_(cos).sub_(half, alpha=2), turn, out=scratch("w", shape, poles.A))
     if euler:
         return a, dt
-    w, vanishing = rise.mul_(conj(inverse(A))), A.abs() < VANISHING
-    return a, w.add_(dt * vanishing) if vanishing.any() else w
+    w = rise.mul_(poles.inverse_conj)
+    return a, w if poles.vanishing is None else w.add_(dt * poles.vanishing)
+
+
+def deep(x: Tensor) -> Tensor:
+    """`x` in float64, or complex128."""
+    return x.to(torch.promote_types(x.dtype, torch.float64))
 
 
 def real(x: Tensor) -> Tensor:
@@ -139,50 +176,32 @@ def over_time(rate: Tensor, x: Tensor) -> Tensor:
     return unflat(sums.sum(tuple(range(sums.ndim - 2))), x)
 
 
-def inverse(A: Tensor) -> Tensor:
-    """1 / A, and 0 where A vanishes. Computed in float64, since its error meets every token alike."""
-    vanishing = A.abs() < VANISHING
-    deep = A.to(torch.complex128 if A.is_complex() else torch.float64)
-    return deep.masked_fill(vanishing, 1).reciprocal().masked_fill(vanishing, 0).to(A.dtype)
+def step_powers(dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Powers 1, 2, ... of dt [...,H,t] over the largest of each head, [...,H,k,t], and these largest [H].
 
-
-def rate_gradients(
-    dtheta: Tensor, dw: Tensor, a_conj: Tensor, w_conj: Tensor, dt: Tensor, p: Params
-) -> tuple[Tensor, Tensor]:
-    """Gradients of dt [...,H,c] and A [H,N] from those of theta = dt A (through exp alone) and of w.
-
-    ddt = Re sum_n dtheta conj(A) + dw conj(a) and dA = sum_t dt dtheta + dw conj(chi), chi = dw/dA.
+    They are the rows that `weight_gradient` wants to be summed with, over time.
     """
-    slope = dw if p.euler else dw * a_conj
-    ddt = (flat(dtheta) @ flat(p.A)[:, :, None]).squeeze(-1) + real(slope).sum(-1)
-    dA = over_time(dt, dtheta)
-    if p.euler:
-        return ddt, dA
-    return ddt, dA + weight_gradient(slope, dw * w_conj, dt, p.A)
+    largest = dt.amax((*range(dt.ndim - 2), -1)).clamp_min(torch.finfo(dt.dtype).tiny)
+    powers = [dt / largest[:, None]]
+    for _ in range(SERIES_TERMS[dt.dtype]):
+        powers.append(powers[-1] * powers[0])
+    return torch.stack(powers, -2), largest
 
 
-def weight_gradient(slope: Tensor, weighted: Tensor, dt: Tensor, A: Tensor) -> Tensor:
-    """sum_t dw conj(dw/dA), r or c[H,N], from slope = dw conj(a) and weighted = dw conj(w), [...,H,c,N].
+def weight_gradient(moments: Tensor, weighted: Tensor, largest: Tensor, poles: Poles) -> Tensor:
+    """sum_t dw conj(dw/dA), r or c[H,N], from sums over time of slope = dw conj(a).
 
-    dw/dA = chi = (dt a - w) / A. Near dt A = 0, where that cancels, chi / a is a power series in dt,
-    so its sum over time is a product with powers of dt. Which of the two holds for a mode, its largest
-    step tells: the cancellation in its smaller steps is small beside that one.
+    Those are `moments` [H,k,N], with the powers of steps over their `largest` [H]; `weighted` [H,N] is
+    sum_t dw conj(w). dw/dA = chi = (dt a - w) / A. Near dt A = 0, where that cancels, chi / a is a power
+    series in dt, dt^2 sum_k (-dt A)^k / (k + 2)!. Which of the two holds for a mode, its largest step tells:
+    the cancellation in its smaller steps is small beside that one.
     """
-    far = dt.amax((*range(dt.ndim - 2), -1))[:, None] * A.abs() >= SERIES_BELOW
-    away = unflat(dt[..., None] * flat(slope), slope).sub_(weighted)
-    return torch.where(far, over_time(torch.ones_like(dt), away) * conj(inverse(A)), near_zero(slope, dt, A))
-
-
-def near_zero(slope: Tensor, dt: Tensor, A: Tensor) -> Tensor:
-    """sum_t slope conj(chi / a), chi / a = dt^2 sum_k (-dt A)^k / (k + 2)!, small sums in float64."""
-    largest = dt.amax().clamp_min(torch.finfo(dt.dtype).tiny)
-    step = dt / largest
-    powers = [step.square()]
-    for _ in range(SERIES_TERMS[dt.dtype] - 1):
-        powers.append(powers[-1] * step)
-    moments = unflat((torch.stack(powers, -2) @ flat(slope)).sum(tuple(range(dt.ndim - 2))), slope)
-    # (-dt A)^k / (k + 2)! is a product of k factors, the first of them 1/2.
-    over = 1 / torch.arange(2, 2 + len(powers), dtype=torch.float64, device=dt.device)[:, None]
-    factors = -conj(A.to(torch.complex128 if A.is_complex() else torch.float64))[:, None] * (largest * over)
+    A, largest = poles.A, largest[:, None].double()
+    far = largest * A.abs() >= SERIES_BELOW
+    away = (moments[:, 0] * largest.to(A.real.dtype)).sub_(weighted).mul_(poles.inverse_conj)
+    # (-dt A)^k / (k + 2)! is a product of k factors, the first of them 1/2. Small sums in float64.
+    over = 1 / torch.arange(2, 1 + moments.shape[1], dtype=torch.float64, device=A.device)[:, None]
+    factors = -conj(deep(A))[:, None] * largest[:, None] * over
     factors[:, 0] = 0.5
-    return ((factors.cumprod(1) * moments).sum(1) * largest.double() ** 2).to(slope.dtype)
+    near = (factors.cumprod(1) * moments[:, 1:]).sum(1) * largest.square()
+    return torch.where(far, away, near.to(A.dtype))

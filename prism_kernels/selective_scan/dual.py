@@ -16,6 +16,7 @@ from .._core.scratch import Scratch
 from . import blocks
 from .discrete import (
     Params,
+    Poles,
     ScanGradients,
     conj,
     discretise,
@@ -23,6 +24,7 @@ from .discrete import (
     joined,
     over_time,
     real,
+    step_powers,
     unflat,
     weight_gradient,
 )
@@ -108,8 +110,10 @@ def backward(
         slope, driven, scale = slope.mul_(B_conj), driven.mul_(B_conj), torch.ones_like(p.A)
     ddt += over_modes(slope, scale)
     if not p.euler:
-        sums = (slope.flatten(2, 3), driven.flatten(2, 3), dt_c.flatten(2))
-        dA += scale * weight_gradient(*sums, p.A)
+        powers, largest = step_powers(dt_c.flatten(2))
+        moments = unflat((powers @ flat(slope.flatten(2, 3))).sum(0), slope)
+        weighted = dB if p.B.ndim == 2 else fold(driven, p.A, T)
+        dA += scale * weight_gradient(moments, weighted, largest, p.poles)
     return ScanGradients(from_chunks(du, T), from_chunks(ddt, T), dA, dB, dC, dinitial)
 
 
@@ -131,7 +135,7 @@ def through_states(f: Factors, outputs: Tensor, states: Tensor, eta: Tensor) -> 
 
 def decays(dt_c: Tensor, p: Params) -> tuple[Tensor, Tensor]:
     """Q and w [m,H,B,c,N], conjugated, from step sizes [m,H,B,c]; under Euler w is dt and comes out empty."""
-    Q, w = discretise(dt_c[..., None], on_chunks(p.A), p.euler, Scratch())
+    Q, w = discretise(dt_c[..., None], Poles(on_chunks(p.A)), p.euler, Scratch())
     for half in HALVES:  # from a to its running product: the last of a first half times each of the second
         pairs = Q.unflatten(-2, (-1, 2, half))
         pairs[..., 1, :, :].mul_(pairs[..., 0, -1:, :])

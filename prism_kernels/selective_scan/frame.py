@@ -13,7 +13,7 @@ from torch import Tensor
 from .._core import checks
 from .._core.runtime import accumulate_dtype
 from . import blocks, torch_impl
-from .discrete import Params, ScanGradients
+from .discrete import Params, Poles, ScanGradients
 
 DECAY = (
     "Parametrise it, for example `A = -exp(log_rate) + 1j * freq`; or have growing states, on the 'torch' "
@@ -88,7 +88,7 @@ class Scan:
         static_rank = 3 + (A.ndim == 3)
         B, C = (layout.arrange(x) if x.ndim > static_rank else x for x in (B, C))
         poles, B, C = (as_numbers(x.to(wide), A) for x in (A, B, C))
-        params = Params(poles, B, C, euler)
+        params = Params(Poles(poles), B, C, euler)
         if initial_state is None:
             state_shape = (u.shape[0], *u.shape[2:], params.modes)
             h0 = u.new_zeros(state_shape, dtype=params.A.dtype)
