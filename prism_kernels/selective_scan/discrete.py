@@ -141,15 +141,16 @@ def discretise(dt: Tensor, poles: Poles, euler: bool, scratch: Scratch) -> tuple
     expm1(x) cos(y) - 2 sin(y/2)^2. Where A vanishes, w = dt.
     """
     shape, (rate, turning) = tuple(torch.broadcast_shapes(dt.shape, poles.A.shape)), poles.parts
-    x, gain, y, cos, turn = (scratch(name, shape, dt) for name in ("x", "gain", "y", "cos", "turn"))
+    x, gain = scratch("x", shape, dt), scratch("gain", shape, dt)
     torch.exp(torch.mul(dt, rate, out=x), out=gain)
     if not euler:
         x.expm1_()
     if turning is None:
         a, rise = gain, x
     else:
-        torch.mul(dt, turning, out=y)
-        torch.sin(y, out=turn).mul_(gain)
+        turn = scratch("turn", shape, dt)
+        y, cos = (x, x) if euler else (scratch("y", shape, dt), scratch("cos", shape, dt))
+        torch.sin(torch.mul(dt, turning, out=y), out=turn).mul_(gain)
         a = torch.complex(gain.mul_(torch.cos(y, out=cos)), turn, out=scratch("a", shape, poles.A))
         if not euler:
             half = y.mul_(0.5).sin_().square_()
