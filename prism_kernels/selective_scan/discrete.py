@@ -178,31 +178,31 @@ def over_time(rate: Tensor, x: Tensor) -> Tensor:
 
 
 def step_powers(dt: Tensor) -> tuple[Tensor, Tensor]:
-    """Powers 1, 2, ... of dt [...,H,t] over the largest of each head, [...,H,k,t], and these largest [H].
+    """Powers 2, 3, ... of dt [...,H,t] over the largest of each head, [...,H,k,t], and these largest [H].
 
     They are the rows that `weight_gradient` wants to be summed with, over time.
     """
     largest = dt.amax((*range(dt.ndim - 2), -1)).clamp_min(torch.finfo(dt.dtype).tiny)
-    powers = [dt / largest[:, None]]
-    for _ in range(SERIES_TERMS[dt.dtype]):
-        powers.append(powers[-1] * powers[0])
+    step = dt / largest[:, None]
+    powers = [step.square()]
+    for _ in range(SERIES_TERMS[dt.dtype] - 1):
+        powers.append(powers[-1] * step)
     return torch.stack(powers, -2), largest
 
 
-def weight_gradient(moments: Tensor, weighted: Tensor, largest: Tensor, poles: Poles) -> Tensor:
-    """sum_t dw conj(dw/dA), r or c[H,N], from sums over time of slope = dw conj(a).
+def weight_gradient(moments: Tensor, away: Tensor, largest: Tensor, poles: Poles) -> Tensor:
+    """sum_t dw conj(dw/dA), r or c[H,N], from two kinds of sums over time of slope = dw conj(a).
 
-    Those are `moments` [H,k,N], with the powers of steps over their `largest` [H]; `weighted` [H,N] is
-    sum_t dw conj(w). dw/dA = chi = (dt a - w) / A. Near dt A = 0, where that cancels, chi / a is a power
-    series in dt, dt^2 sum_k (-dt A)^k / (k + 2)!. Which of the two holds for a mode, its largest step tells:
-    the cancellation in its smaller steps is small beside that one.
+    dw/dA = chi = (dt a - w) / A. Near dt A = 0, where that cancels, chi / a is a power series in dt,
+    dt^2 sum_k (-dt A)^k / (k + 2)!: `moments` [H,k,N] are the sums with powers of steps over their `largest`
+    [H]. `away` [H,N] is sum_t dt slope - dw conj(w), each token's difference for itself. Which of the two
+    holds for a mode, its largest step tells: the cancellation in its smaller steps is small beside that one.
     """
     A, largest = poles.A, largest[:, None].double()
     far = largest * A.abs() >= SERIES_BELOW
-    away = (moments[:, 0] * largest.to(A.real.dtype)).sub_(weighted).mul_(poles.inverse_conj)
     # (-dt A)^k / (k + 2)! is a product of k factors, the first of them 1/2. Small sums in float64.
-    over = 1 / torch.arange(2, 1 + moments.shape[1], dtype=torch.float64, device=A.device)[:, None]
+    over = 1 / torch.arange(2, 2 + moments.shape[1], dtype=torch.float64, device=A.device)[:, None]
     factors = -conj(deep(A))[:, None] * largest[:, None] * over
     factors[:, 0] = 0.5
-    near = (factors.cumprod(1) * moments[:, 1:]).sum(1) * largest.square()
-    return torch.where(far, away, near.to(A.dtype))
+    near = (factors.cumprod(1) * moments).sum(1) * largest.square()
+    return torch.where(far, away * poles.inverse_conj, near.to(A.dtype))

@@ -112,8 +112,8 @@ def backward(
     if not p.euler:
         powers, largest = step_powers(dt_c.flatten(2))
         moments = unflat((powers @ flat(slope.flatten(2, 3))).sum(0), slope)
-        weighted = dB if p.B.ndim == 2 else fold(driven, p.A, T)
-        dA += scale * weight_gradient(moments, weighted, largest, p.poles)
+        away = unflat(dt_c[..., None] * flat(slope), slope).sub_(driven)  # the numerator of chi
+        dA += scale * weight_gradient(moments, fold(away, p.A, T), largest, p.poles)
     return ScanGradients(from_chunks(du, T), from_chunks(ddt, T), dA, dB, dC, dinitial)
 
 
