@@ -39,10 +39,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status = args.run(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads has seen enough; what Python flushes at its end goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if not reader_left():
+            raise
         return PIPE_CLOSED
     return status
+
+
+def reader_left() -> bool:
+    """Whether nobody reads what is printed any more; what is left of it then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 if __name__ == "__main__":

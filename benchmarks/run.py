@@ -121,12 +121,10 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"run: --out {args.out} cannot be written: {error}", file=sys.stderr)
         return 2
-    before = len(result.rows)
     try:
         with Progress(sum(len(group.providers) for group in groups)) as progress:
             measure_all(Run(args, result, tried, progress), groups)
-        if len(result.rows) > before:
-            raise_ceilings(result, args.device)
+        raise_ceilings(result, args.device)
         result.save(args.out)
     except DeviceLost as error:
         print(

@@ -1,5 +1,6 @@
 """Launcher of the channelwise backward."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ def backward(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     by_token = [x.ndim == 4 + len(pair) for x in (B, C)]
     groups = [x.shape[2] if token else 1 for x, token in zip((B, C), by_token, strict=True)]
-    G = max(groups)
+    G = math.lcm(*groups)
     if len({g for g, token in zip(groups, by_token, strict=True) if token}) > 1:
         B, C = (
             x.repeat_interleave(G // g, 2) if token and g < G else x

@@ -5,6 +5,7 @@ M[t,s] = L[t,s] (C_t . B_s) dt_s and L[t,s] the exponential of the sum of dt A o
 is divided, so any step size will do.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ def forward(
     u: Tensor, dt: Tensor, p: Params, states: Tensor, scratch: Scratch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [B,T,H,P] of m chunks that start from states[0], and two empty tensors; write states[1:]."""
-    u_c, dt_c, B, C = (to_chunks(x) for x in (u, dt, p.B, p.C))
+    u_c, dt_c, B, C = (to_chunks(x) for x in (u, dt, *in_common_groups(p.B, p.C)))
     d = decays(dt_c, p.A, scratch)
     product(u_c.mul((d.until * dt_c)[..., None]).mT, B, out=states[1:])
     for k in range(len(u_c)):
@@ -42,7 +43,7 @@ def backward(
     g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], eta: Tensor, scratch: Scratch
 ) -> ScanGradients:
     """Gradients of m chunks from g = dL/dy and eta = dL/d(the end state)."""
-    g_c, u_c, dt_c, B, C = (to_chunks(x) for x in (g, u, dt, p.B, p.C))
+    g_c, u_c, dt_c, B, C = (to_chunks(x) for x in (g, u, dt, *in_common_groups(p.B, p.C)))
     d, before = decays(dt_c, p.A, scratch), kept[0][:-1]
     ends = product((g_c * d.since[..., None]).mT, C)  # dL/d(states), then that of the end of each chunk
     for k in reversed(range(len(ends))):
@@ -71,6 +72,7 @@ def backward(
     ddt = slope.add_(X.sum(-2)).add_(theta * p.A[:, :, None])
     dA = (theta * dt_c).sum((0, 2, 3))[:, None]
     du, ddt, dB, dC = (from_chunks(x, u.shape[1]) for x in (du, ddt, dB, dC))
+    dB, dC = (d.unflatten(2, (x.shape[2], -1)).sum(3) for d, x in ((dB, p.B), (dC, p.C)))
     return ScanGradients(du, ddt, dA, dB, dC, eta)
 
 
@@ -83,6 +85,17 @@ def decays(dt_c: Tensor, A: Tensor, scratch: Scratch) -> Decays:
     torch.cumsum(theta[..., None].expand_as(spans).tril(-1), -2, out=spans)
     between = spans.masked_fill_(~later, -torch.inf).exp_()
     return Decays(between, theta.cumsum(-1).exp_(), between[..., -1, :].clone())
+
+
+def in_common_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [B,T,G,N], repeated until they have the same groups."""
+    groups = math.lcm(B.shape[2], C.shape[2])
+    return by_groups(B, groups), by_groups(C, groups)
+
+
+def by_groups(x: Tensor, groups: int) -> Tensor:
+    """[B,T,G,N] repeated for more groups."""
+    return x if x.shape[2] == groups else x.repeat_interleave(groups // x.shape[2], 2)
 
 
 def before_each(x: Tensor) -> Tensor:

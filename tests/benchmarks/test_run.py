@@ -389,13 +389,6 @@ def test_the_ceilings_are_the_better_of_before_and_after(tmp_path, monkeypatch):
         assert row.roofline_percent == pytest.approx(expected)
 
 
-def test_a_resumed_run_that_finds_everything_done_measures_nothing(tmp_path, monkeypatch):
-    options = ("--op", "rms_norm", "--sizes", TINY["rms_norm"], "--provider", "torch")
-    done = bench(tmp_path, *options)
-    monkeypatch.setattr(measure, "roofline", lambda *_: pytest.fail("ceilings measured for no row"))
-    assert bench(tmp_path, *options, "--resume") == done
-
-
 def test_a_reader_that_leaves_early_ends_the_command_quietly():
     command = [sys.executable, "-m", "benchmarks", "list"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:

@@ -139,6 +139,41 @@ def test_phi1_is_accurate_everywhere():
     torch.testing.assert_close(phi1(z), torch.exp(half) * sinh / half, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize(
+    "impl, P, N, G",
+    [("torch", P, 3, G) for P in (1, 5) for G in ((1, 2), (2, 3), (6, 1))]
+    + [("triton", P, N, (2, 3)) for P, N in ((1, 3), (32, 17))],
+)
+@pytest.mark.parametrize("poles", ["one", "each"])
+def test_b_and_c_may_have_groups_of_their_own(impl, P, N, poles, G):
+    H, dtype = 6, WIDE if impl == "torch" else torch.float32
+    sizes = {"real": True, "dtype": dtype}
+    tensors = inputs(1, 17, H, P, N, forms="dd", G=G[0], **sizes)
+    tensors["C"] = inputs(1, 17, H, P, N, forms="dd", G=G[1], **sizes)["C"]
+    tensors["A"] = tensors["A"][:, :1] if poles == "one" else tensors["A"]
+    expected = gradients(tensors, "reference", discretization="euler")
+    got = gradients(tensors, impl, discretization="euler")
+    assert_close(got, expected, 1e-10 if impl == "torch" else 1e-5)
+
+
+@pytest.mark.parametrize("forms", ["ss", "dd", "cc"])
+@pytest.mark.parametrize("P", [1, 2, 8])
+def test_gradients_summed_over_many_tokens_keep_their_digits(forms, P):
+    """Terms of one sign, steps of all sizes: sums in one order and differences of sums lose a digit here."""
+    tensors = inputs(64, 64, 2, P, 2, forms=forms, real=True, steps=(1e-4, 0.3))
+    tensors = {n: tensors[n].abs() for n in ("u", "dt", "A", "B", "C")}
+    tensors["A"] = -torch.ones_like(tensors["A"])
+
+    def summed(dtype):
+        leaves = {n: t.to(dtype, copy=True).requires_grad_() for n, t in tensors.items()}
+        selective_scan(**leaves, impl="torch").y.square().sum().backward()
+        return {f"d{n}": leaves[n].grad for n in "ABC"}
+
+    got = summed(torch.float32)
+    for name, e in summed(WIDE).items():
+        assert (got[name] - e).norm() < 7e-7 * e.norm(), name
+
+
 @pytest.mark.parametrize("impl", FAST)
 def test_decay_beyond_float32_stays_finite_and_right(impl):
     tensors = inputs(1, 18, 2, 4, 3, steps=(1e-3, 1e4))
