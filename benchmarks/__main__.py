@@ -9,6 +9,7 @@ python -m benchmarks report
 import argparse
 import importlib
 import os
+import select
 import sys
 
 COMMANDS = {
@@ -42,18 +43,16 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         if not reader_left():
             raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return PIPE_CLOSED
     return status
 
 
 def reader_left() -> bool:
-    """Whether nobody reads what is printed any more; what is left of it then goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    """Whether nobody reads any more what is printed."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    return bool(watch.poll(0))
 
 
 if __name__ == "__main__":

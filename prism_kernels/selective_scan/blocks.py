@@ -139,11 +139,13 @@ def over_tokens(rate: Tensor, x: Tensor) -> Tensor:
 def products(rows: Tensor, x: Tensor) -> Tensor:
     """[H,P,k,N] from rows r[B,H,P,k,c] and x [c,B,H,P,N], which stays where it lies.
 
-    A product of matrices may add one term after the other; few at a time keep their rounding small.
+    A product of matrices may add one term after the other; few at a time keep their rounding small. On rows
+    that do not lie in order it is slow.
     """
-    B, H, P, k, _ = rows.shape
+    B, H, P, k, c = rows.shape
+    rows = rows.reshape(B * H * P, k, c).contiguous()
     pairs = zip(rows.split(SUMMED, -1), x.split(SUMMED), strict=True)
-    sums = [torch.bmm(r.reshape(B * H * P, k, -1), flat(y).flatten(1, 3).transpose(0, 1)) for r, y in pairs]
+    sums = [torch.bmm(r, flat(y).flatten(1, 3).transpose(0, 1)) for r, y in pairs]
     return unflat(torch.stack(sums).view(len(sums), B, H, P, k, -1).sum((0, 1)), x)
 
 
