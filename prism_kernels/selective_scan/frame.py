@@ -113,9 +113,9 @@ def step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, wide: torch
     return F.softplus(dt) if dt_softplus else dt
 
 
-def skip(D: Tensor, H: int, wide: torch.dtype) -> Tensor:
+def skip(D: Tensor, wide: torch.dtype) -> Tensor:
     """D r[H] or r[H,P] so that it broadcasts over [B,T,H,P]."""
-    return D.to(wide).reshape(H, -1)
+    return D.to(wide) if D.ndim == 2 else D.to(wide)[:, None]
 
 
 def padded(x: Tensor, T: int) -> Tensor:
@@ -147,7 +147,7 @@ def forward(
     else:
         y, final_state, kept = torch_impl.forward(scan.u, scan.dt, scan.params, scan.h0)
     if D is not None:
-        y = torch.addcmul(y, skip(D, u.shape[2], wide), scan.u)
+        y = torch.addcmul(y, skip(D, wide), scan.u)
     y = scan.layout.restore(y)
     ungated = y.new_empty(0)
     if z is not None:
@@ -208,7 +208,7 @@ def backward(
     d: ScanGradients = torch_impl.backward(g, scan.u, scan.dt, scan.params, kept, eta)
     du, dD = d.u, None
     if D is not None:
-        du = torch.addcmul(du, g, skip(D, u.shape[2], wide))
+        du = torch.addcmul(du, g, skip(D, wide))
         dD = (g * scan.u).sum((0, 1), dtype=torch.float64)
         dD = dD if D.ndim == 2 else dD.sum(-1)
     ddt = d.dt * -torch.expm1(-scan.dt) if dt_softplus else d.dt

@@ -43,8 +43,8 @@ def forward(u: Tensor, dt: Tensor, p: Params, h0: Tensor) -> tuple[Tensor, Tenso
 
 def backward(g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], eta: Tensor) -> ScanGradients:
     """Gradients from g = dL/dy and eta = dL/d(final state)."""
-    batch, (way, c, m) = u.shape[0], plan(u.shape, p.modes, p.by_channel, p.one_pole)
-    if not batch:
+    way, c, m = plan(u.shape, p.modes, p.by_channel, p.one_pole)
+    if not u.numel():
         return ScanGradients(*(torch.zeros_like(x) for x in (u, dt, p.A, p.B, p.C, eta)))
     (states, *factors), runs, scratch = kept, [], Scratch()
     eta = eta.transpose(0, 1).clone(memory_format=torch.contiguous_format)

@@ -157,6 +157,14 @@ def test_b_and_c_may_have_groups_of_their_own(impl, P, N, poles, G):
 
 
 @pytest.mark.parametrize("forms", ["ss", "dd", "cc"])
+@pytest.mark.parametrize("B, H, P", [(0, 2, 2), (2, 0, 2), (2, 2, 0)])
+def test_no_channel_has_no_gradient(B, H, P, forms):
+    tensors = inputs(B, 5, H, P, 3, forms=forms)
+    for name, gradient in gradients(tensors, "torch").items():
+        assert not gradient.any(), name
+
+
+@pytest.mark.parametrize("forms", ["ss", "dd", "cc"])
 @pytest.mark.parametrize("P", [1, 2, 8])
 def test_gradients_summed_over_many_tokens_keep_their_digits(forms, P):
     """Terms of one sign, steps of all sizes: sums in one order and differences of sums lose a digit here."""
