@@ -140,12 +140,11 @@ def test_phi1_is_accurate_everywhere():
 
 
 @pytest.mark.parametrize(
-    "impl, P, N, G",
-    [("torch", P, 3, G) for P in (1, 5) for G in ((1, 2), (2, 3), (6, 1))]
-    + [("triton", P, N, (2, 3)) for P, N in ((1, 3), (32, 17))],
+    "impl, P, N, G, poles",
+    [("torch", P, 3, G, n) for P in (1, 5) for G in ((1, 2), (2, 3), (6, 1)) for n in ("one", "each")]
+    + [("triton", 1, 3, (2, 3), "one"), ("triton", 32, 17, (2, 3), "each")],
 )
-@pytest.mark.parametrize("poles", ["one", "each"])
-def test_b_and_c_may_have_groups_of_their_own(impl, P, N, poles, G):
+def test_b_and_c_may_have_groups_of_their_own(impl, P, N, G, poles):
     H, dtype = 6, WIDE if impl == "torch" else torch.float32
     sizes = {"real": True, "dtype": dtype}
     tensors = inputs(1, 17, H, P, N, forms="dd", G=G[0], **sizes)
