@@ -73,9 +73,8 @@ def through_weights(
 
     Both are overwritten, and `product`.
     """
-    flat(weighted).addcmul_(
-        flat(slope), dt_t[..., None], value=-1
-    )  # minus the numerator of chi, each token's own
+    # Minus the numerator of chi, each token's own.
+    flat(weighted).addcmul_(flat(slope), dt_t[..., None], value=-1)
     B_conj = conj(p.B)
     if p.B.ndim == 2:
         scale = B_conj
