@@ -5,7 +5,6 @@ M[t,s] = L[t,s] (C_t . B_s) dt_s and L[t,s] the exponential of the sum of dt A o
 is divided, so any step size will do.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,8 @@ def forward(
     u: Tensor, dt: Tensor, p: Params, states: Tensor, scratch: Scratch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [B,T,H,P] of m chunks that start from states[0], and two empty tensors; write states[1:]."""
-    u_c, dt_c, B, C = (to_chunks(x) for x in (u, dt, *in_common_groups(p.B, p.C)))
+    u_c, dt_c, B, C = (to_chunks(x) for x in (u, dt, p.B, p.C))
+    B, C = in_common_groups(B, C, u_c)
     d = decays(dt_c, p.A, scratch)
     product(u_c.mul((d.until * dt_c)[..., None]).mT, B, out=states[1:])
     for k in range(len(u_c)):
@@ -43,7 +43,8 @@ def backward(
     g: Tensor, u: Tensor, dt: Tensor, p: Params, kept: list[Tensor], eta: Tensor, scratch: Scratch
 ) -> ScanGradients:
     """Gradients of m chunks from g = dL/dy and eta = dL/d(the end state)."""
-    g_c, u_c, dt_c, B, C = (to_chunks(x) for x in (g, u, dt, *in_common_groups(p.B, p.C)))
+    g_c, u_c, dt_c, given_B, given_C = (to_chunks(x) for x in (g, u, dt, p.B, p.C))
+    B, C = in_common_groups(given_B, given_C, u_c)
     d, before = decays(dt_c, p.A, scratch), kept[0][:-1]
     ends = product((g_c * d.since[..., None]).mT, C)  # dL/d(states), then that of the end of each chunk
     for k in reversed(range(len(ends))):
@@ -71,8 +72,8 @@ def backward(
     theta += before_each((X * dt_c[..., None, :]).tril_(-1)).tril_().sum(-2)
     ddt = slope.add_(X.sum(-2)).add_(theta * p.A[:, :, None])
     dA = (theta * dt_c).sum((0, 2, 3))[:, None]
+    dB, dC = by_group(dB, given_B), by_group(dC, given_C)
     du, ddt, dB, dC = (from_chunks(x, u.shape[1]) for x in (du, ddt, dB, dC))
-    dB, dC = (d.unflatten(2, (x.shape[2], -1)).sum(3) for d, x in ((dB, p.B), (dC, p.C)))
     return ScanGradients(du, ddt, dA, dB, dC, eta)
 
 
@@ -87,15 +88,9 @@ def decays(dt_c: Tensor, A: Tensor, scratch: Scratch) -> Decays:
     return Decays(between, theta.cumsum(-1).exp_(), between[..., -1, :].clone())
 
 
-def in_common_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Both [B,T,G,N], repeated until they have the same groups."""
-    groups = math.lcm(B.shape[2], C.shape[2])
-    return by_groups(B, groups), by_groups(C, groups)
-
-
-def by_groups(x: Tensor, groups: int) -> Tensor:
-    """[B,T,G,N] repeated for more groups."""
-    return x if x.shape[2] == groups else x.repeat_interleave(groups // x.shape[2], 2)
+def in_common_groups(B: Tensor, C: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as they are where their groups are as many, else for every head of `like`."""
+    return (B, C) if B.shape[1] == C.shape[1] else (by_head(B, like), by_head(C, like))
 
 
 def before_each(x: Tensor) -> Tensor:
@@ -118,7 +113,7 @@ def by_head(x: Tensor, like: Tensor) -> Tensor:
 
 def by_group(x: Tensor, like: Tensor) -> Tensor:
     """[m,H,B,...] summed over the heads of each group of `like` [m,G,B,...]."""
-    return x.unflatten(1, (like.shape[1], -1)).sum(2)
+    return x if x.shape[1] == like.shape[1] else x.unflatten(1, (like.shape[1], -1)).sum(2)
 
 
 def over_modes(x: Tensor, y: Tensor) -> Tensor:
